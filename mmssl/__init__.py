@@ -1,0 +1,71 @@
+"""mmssl: self-supervised learning on images, video, sound and text.
+
+The public API of all three packages, imported when it is first used:
+
+- ``load(path)`` and ``Encoder``: what a run leaves behind, files in and vectors out.
+- ``pretrain(recipe, data, out)``, ``finetune(encoder, train, test, out)``: training.
+- ``knn``, ``linear_probe``, ``embed``: frozen evaluation; ``list_files`` makes the listings they take.
+- ``MmsslError`` and its kinds: what can go wrong, in a sentence.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmssl.data.listing import Listing, list_files
+    from mmssl.errors import MmsslError, UnusableData, UserError
+    from modalities.encoder import Encoder, load
+    from tasks.build import load_recipe
+    from tasks.embed import embed
+    from tasks.finetune import finetune
+    from tasks.knn import knn
+    from tasks.linear_probe import linear_probe
+    from tasks.pretrain import pretrain
+
+_HOME = {
+    "Encoder": "modalities.encoder",
+    "Listing": "mmssl.data.listing",
+    "MmsslError": "mmssl.errors",
+    "UnusableData": "mmssl.errors",
+    "UserError": "mmssl.errors",
+    "embed": "tasks.embed",
+    "finetune": "tasks.finetune",
+    "knn": "tasks.knn",
+    "linear_probe": "tasks.linear_probe",
+    "list_files": "mmssl.data.listing",
+    "load": "modalities.encoder",
+    "load_recipe": "tasks.build",
+    "pretrain": "tasks.pretrain",
+}
+
+__all__ = [
+    "Encoder",
+    "Listing",
+    "MmsslError",
+    "UnusableData",
+    "UserError",
+    "embed",
+    "finetune",
+    "knn",
+    "linear_probe",
+    "list_files",
+    "load",
+    "load_recipe",
+    "pretrain",
+]
+
+try:
+    __version__ = version("mmssl")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'mmssl' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

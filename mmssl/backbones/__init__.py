@@ -1,0 +1,1 @@
+"""Backbones: tokens in, representations out. They know no modality and no mask."""

@@ -1,0 +1,68 @@
+"""Token positions on 1-D, 2-D and 3-D grids: fixed sine-cosine or learned."""
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmssl.contracts import Grid
+
+PositionKind = Literal["sincos", "learned"]
+
+
+@lru_cache(maxsize=64)
+def sincos(grid: Grid, dim: int) -> Tensor:
+    """Return the fixed sine-cosine table float32 [N, dim] of a grid, tokens in row-major order.
+
+    Each axis has an equal, even share of the channels, the **last axis first**, as in MAE's 2-D table (the first half
+    encodes the column, the second the row); within a share come the sines of all frequencies ``10000^(-2i/share)``,
+    then the cosines (Vaswani et al., arXiv:1706.03762, section 3.5). Channels that do not divide stay zero.
+    """
+    share = dim // (2 * len(grid)) * 2
+    if share == 0:
+        raise ValueError(f"{dim} channels are too few for positions on a {len(grid)}-D grid")
+    omega = 10000.0 ** (-np.arange(share // 2, dtype=np.float64) / (share / 2))
+    parts = []
+    for axis in np.meshgrid(*(np.arange(n, dtype=np.float64) for n in grid), indexing="ij")[::-1]:
+        angle = np.outer(axis.ravel(), omega)
+        parts += [np.sin(angle), np.cos(angle)]
+    table = np.concatenate(parts, axis=1)
+    return torch.from_numpy(np.pad(table, ((0, 0), (0, dim - table.shape[1]))).astype(np.float32))
+
+
+class Positions(nn.Module):
+    """A table of positions [N, dim] for a grid, and for other grids than its own on demand.
+
+    Sine-cosine tables are computed for whatever grid is asked for; a learned table is interpolated (cubic with
+    antialiasing on 2-D grids, linear on others).
+    """
+
+    table: Tensor
+
+    def __init__(self, grid: Grid, dim: int, kind: PositionKind = "sincos") -> None:
+        super().__init__()
+        self.grid, self.dim, self.kind = tuple(grid), dim, kind
+        if kind == "learned":
+            self.table = nn.Parameter(torch.empty(int(np.prod(grid)), dim))
+            nn.init.trunc_normal_(self.table, std=0.02)
+        else:
+            self.register_buffer("table", sincos(self.grid, dim).clone(), persistent=False)
+
+    def forward(self, grid: Grid | None = None) -> Tensor:
+        """Return the table [N, dim] of ``grid`` (its own if None)."""
+        if grid is None or tuple(grid) == self.grid:
+            return self.table
+        if self.kind == "sincos":
+            return sincos(tuple(grid), self.dim).to(self.table)
+        return self._resized(tuple(grid))
+
+    def _resized(self, grid: Grid) -> Tensor:
+        if len(grid) != len(self.grid):
+            raise ValueError(f"positions learned on a {len(self.grid)}-D grid cannot serve a {len(grid)}-D one")
+        lattice = self.table.T.reshape(1, self.dim, *self.grid)
+        mode = {1: "linear", 2: "bicubic", 3: "trilinear"}[len(grid)]
+        resized = F.interpolate(lattice, size=grid, mode=mode, align_corners=False, antialias=len(grid) == 2)
+        return resized.reshape(self.dim, -1).T

@@ -1,0 +1,232 @@
+"""Typed configuration: the pieces that every recipe shares, YAML, ``key.sub=value`` overrides and readable errors.
+
+Each piece's fields are documented in place, with units and where the default comes from.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from mmssl.contracts import EncoderModule, Objective
+from mmssl.errors import UserError, nearest
+
+
+class Piece(BaseModel):
+    """A frozen group of settings in which an unknown key is an error that names the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                raise PydanticCustomError(
+                    "unknown_key", "{hint}", {"key": key, "hint": nearest(str(key), cls.model_fields)}
+                )
+        return data
+
+
+class ObjectiveConfig(Piece, ABC):
+    """The settings of one objective; ``name`` is its key in ``OBJECTIVES``."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, encoders: Mapping[str, EncoderModule]) -> Objective:
+        """Make the objective around the encoders, given by modality."""
+
+
+class DataConfig(Piece):
+    """How files are read."""
+
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Data worker processes per rank; auto is one less than the cores of a rank, at most 8. Never changes a result."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Fraction of the files that may be broken before pre-training stops with exit code 3."""
+    timeout: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds after which a decoder that still works on one file is interrupted, and the file counts as broken."""
+
+
+class OptimConfig(Piece):
+    """AdamW with a warm-up and a cosine (MAE, arXiv:2111.06377, table 8)."""
+
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate. If not given, ``base_lr`` x batch size / 256."""
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
+    """Peak learning rate per 256 samples of batch."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the cosine."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled decay of matrices; biases, norms and tokens have none."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    warmup: str | float = 0.05
+    """Linear warm-up: a fraction of the run, "40ep" or "500st"; never longer than the run."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Clip the global gradient norm to this."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning-rate factor per layer below the head (BEiT, arXiv:2106.08254); 1 is none. For fine-tuning."""
+
+    @field_validator("warmup")
+    @classmethod
+    def _warmup(cls, value: str | float) -> str | float:
+        if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?(ep|st)", value):
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError('takes a fraction such as 0.05, epochs as "40ep" or steps as "500st"') from None
+        if isinstance(value, float) and not 0 <= value <= 1:
+            raise ValueError(
+                'a plain number is a fraction of the run (0 to 1); write steps as "500st", epochs as "40ep"'
+            )
+        return value
+
+    def warmup_steps(self, steps: int, steps_per_epoch: float) -> int:
+        """Return the warm-up in steps, at most the run's."""
+        if isinstance(self.warmup, str):
+            amount = float(self.warmup[:-2])
+            return min(steps, round(amount * steps_per_epoch if self.warmup.endswith("ep") else amount))
+        return min(steps, round(self.warmup * steps))
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Return the learning rate after the warm-up."""
+        return self.base_lr * batch_size / 256 if self.lr is None else self.lr
+
+
+class TrainConfig(Piece):
+    """How long, how large and on what."""
+
+    steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimiser steps. Either this or ``epochs``."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data."""
+    batch_size: Annotated[int, Field(gt=0)] = 256
+    """Samples per optimiser step, over all ranks and micro-steps."""
+    accumulate: Annotated[int, Field(gt=0)] = 1
+    """Micro-steps per optimiser step: less memory, the same result."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Parameters are fp32 always; bf16 autocasts the products. auto: bf16 on GPUs that have it and for wide models on
+    CPUs with AMX, else fp32."""
+    compile: bool = False
+    """Compile the objective with ``torch.compile``."""
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"
+    """auto: deepspeed under a launcher or with --deepspeed_config, else torch."""
+    init_from: str | None = None
+    """Start from the weights of a run or an encoder folder."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, which then is what the encoder folder holds."""
+    log_every: Annotated[int, Field(gt=0)] = 10
+    """Steps per line of metrics.jsonl; a line holds the mean over them."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("needs exactly one of steps and epochs")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}")
+        return self
+
+    def total_steps(self, samples: int) -> int:
+        """Return the run's optimiser steps on ``samples`` files, at least 1."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * samples / self.batch_size))
+
+
+class CheckpointConfig(Piece):
+    """When to write what a run resumes from."""
+
+    every_steps: Annotated[int, Field(gt=0)] | None = None
+    every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    keep: Annotated[int, Field(gt=0)] = 2
+    """How many of the newest checkpoints stay."""
+
+
+P = TypeVar("P", bound=BaseModel)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; raises UserError with file and line where it is not one."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, but this holds a {type(data).__name__}")
+    return data
+
+
+def override(data: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``data`` with dotted keys set; setting ``train.steps`` clears ``train.epochs`` and the reverse.
+
+    Raises UserError where a dotted key goes through something that is not a section.
+    """
+    result: dict[str, Any] = _copy(data)
+    for key, value in assignments.items():
+        *sections, leaf = key.split(".")
+        node = result
+        for depth, section in enumerate(sections):
+            if not isinstance(node.setdefault(section, {}), dict):
+                raise UserError(f"{key}: '{'.'.join(sections[: depth + 1])}' is a value, not a section")
+            node = node[section]
+        node[leaf] = value
+        if key in ("train.steps", "train.epochs") and value is not None:
+            other = "epochs" if leaf == "steps" else "steps"
+            if f"train.{other}" not in assignments:
+                node.pop(other, None)
+    return result
+
+
+def parse_assignments(words: Sequence[str]) -> dict[str, Any]:
+    """Parse ``key.sub=value`` words, values as YAML; raises UserError for a word of another form."""
+    parsed = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*", key):
+            raise UserError(f"'{word}' is not an override: write key.sub=value, for example train.steps=500")
+        try:
+            parsed[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{key}: the value '{text}' is not valid YAML; quote it") from None
+    return parsed
+
+
+def validate(model: type[P], data: Mapping[str, Any], where: str) -> P:
+    """Return a validated ``model``; raises UserError with one sentence for the first thing wrong."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_sentence(error)}") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    # A union reports every branch that did not fit; the first is its main type. Types in the location are not keys.
+    first = error.errors()[0]
+    parts = [str(part) for part in first["loc"] if not re.search(r"[\[\]()-]|^(int|float|str|literal)$", str(part))]
+    if first["type"] == "unknown_key":
+        return f"'{'.'.join([*parts, first['ctx']['key']])}' is not a key{first['ctx']['hint']}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{'.'.join(parts)}: {message}" if parts else message
+    given = first["input"]
+    if first["type"] == "missing":
+        return f"'{'.'.join(parts)}' is missing"
+    if first["type"] == "literal_error":
+        options = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+        return f"{'.'.join(parts)}: {given!r} is not valid{nearest(str(given), options)}"
+    return f"{'.'.join(parts)}: {message[0].lower()}{message[1:]}, but got {given!r}"
+
+
+def _copy(data: Any) -> Any:
+    return {key: _copy(value) for key, value in data.items()} if isinstance(data, Mapping) else data

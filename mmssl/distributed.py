@@ -1,0 +1,68 @@
+"""Facts about the ranks of a run, and the little they say to each other outside the gradients."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class World(NamedTuple):
+    """Where a process stands among the ranks of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that writes and talks."""
+        return self.rank == 0
+
+
+def world() -> World:
+    """Return what the launcher's environment says (``deepspeed``, ``torchrun``); alone where there is none."""
+
+    def fact(name: str, default: int) -> int:
+        return int(os.environ.get(name, default))
+
+    return World(fact("RANK", 0), fact("WORLD_SIZE", 1), fact("LOCAL_RANK", 0), fact("LOCAL_WORLD_SIZE", 1))
+
+
+class Council:
+    """Decisions that all ranks must take together: every method is a collective and returns the same on each rank.
+
+    Speaks gloo, so that deciding never waits for a GPU; with one rank it says nothing.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.group = None
+        if size > 1:
+            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the element-wise sum over ranks."""
+        if self.group is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.group)
+        return tensor.tolist()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the element-wise mean over ranks of a tensor, on the CPU in float64."""
+        values = values.detach().double().cpu()
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+            values /= dist.get_world_size(self.group)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return values

@@ -1,0 +1,143 @@
+"""What comes before the DeepSpeed engine: its JSON, merged with the recipe, and the connection between the ranks.
+
+Nothing here imports DeepSpeed at the top, because what it does when imported depends on the device; so import
+``mmssl.engine.deepspeed_engine`` after ``connect``.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.utils.cpp_extension import get_default_build_root
+
+from mmssl.distributed import World, world
+from mmssl.errors import UserError, nearest
+
+RECIPE_SECTIONS = {"optimizer": "optim", "scheduler": "optim.warmup and optim.min_lr", "bf16": "train.precision",
+                   "fp16": "train.precision", "amp": "train.precision"}  # fmt: skip
+"""Sections of DeepSpeed's JSON that would decide what the recipe decides, and the recipe's key."""
+
+
+def system_config(path_or_name: str) -> dict[str, Any]:
+    """Return the DeepSpeed JSON in a file, or a shipped one by name (``zero0`` .. ``zero3``, ``zero3_offload``).
+
+    Raises UserError for an unknown name, naming the nearest, and for what is not a JSON object, naming the line.
+    """
+    shipped = {Path(str(file)).stem: file for file in files("ds_configs").iterdir() if file.name.endswith(".json")}
+    source = shipped.get(path_or_name, Path(path_or_name))
+    if not source.is_file():
+        hint = nearest(Path(path_or_name).stem, shipped)
+        raise UserError(f"{path_or_name} is neither a DeepSpeed JSON file nor the name of a shipped one{hint}")
+    try:
+        config = json.loads(source.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path_or_name}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path_or_name}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path_or_name}: a DeepSpeed configuration is a JSON object, not a {type(config).__name__}")
+    return config
+
+
+def merge(
+    system: Mapping[str, Any],
+    micro_batch: int,
+    accumulate: int,
+    clip: float | None = None,
+    bf16: bool = False,
+    where: str = "the DeepSpeed configuration",
+) -> dict[str, Any]:
+    """Return ``system`` completed with what the recipe decides: batch sizes, accumulation, clipping and precision.
+
+    ``micro_batch`` is samples per rank and micro-step. A key that is the recipe's may be absent, "auto" or equal to the
+    recipe's; otherwise UserError names both places (``where`` is the JSON's).
+    """
+    config = dict(system)
+    decided: dict[str, tuple[float, str]] = {
+        "train_batch_size": (micro_batch * accumulate * world().size, "train.batch_size"),
+        "train_micro_batch_size_per_gpu": (micro_batch, "train.batch_size and train.accumulate"),
+        "gradient_accumulation_steps": (accumulate, "train.accumulate"),
+        "gradient_clipping": (clip or 0.0, "optim.clip"),
+    }
+    for key, (value, recipe) in decided.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f"{where}: {key} is {config[key]}, but the recipe's {recipe} makes it {value}; leave it out"
+            )
+        config[key] = value
+    for key, recipe in RECIPE_SECTIONS.items():
+        if not _is_off(config.pop(key, "auto")):
+            raise UserError(f"{where}: '{key}' is set, but the recipe decides it by {recipe}; leave it out")
+    autocast = config.get("torch_autocast", "auto")
+    autocast = {} if autocast == "auto" else autocast
+    for key, wanted in (("enabled", bf16), ("dtype", "bfloat16")):
+        if autocast.get(key, "auto") not in ("auto", wanted):
+            raise UserError(
+                f"{where}: torch_autocast.{key} is {autocast[key]}, but the recipe's train.precision is "
+                f"{'bf16' if bf16 else 'fp32'}; leave the section out"
+            )
+    # The bf16 section would turn the parameters into bf16; autocast keeps them fp32, as the plain engine does.
+    config["torch_autocast"] = {**autocast, "enabled": bf16, "dtype": "bfloat16"}
+    _check_zero(config, where)
+    # We bring our own AdamW, also to the CPU: DeepSpeed's would be compiled for minutes at the first start.
+    config["zero_force_ds_cpu_optimizer"] = False
+    return config
+
+
+def _is_off(section: Any) -> bool:
+    return section == "auto" or (isinstance(section, dict) and section.get("enabled") in (False, "auto"))
+
+
+def _check_zero(config: Mapping[str, Any], where: str) -> None:
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"{where}: zero_optimization is an object whose stage is 0, 1, 2 or 3, but this is {zero!r}")
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device") == "nvme":
+            raise UserError(f"{where}: {key}.device 'nvme' cannot be checkpointed; use 'cpu' or leave it out")
+
+
+def connect(me: World, device_type: str) -> torch.device:
+    """Join the ranks of a run (NCCL on GPUs, gloo on CPUs) and return this rank's device; one rank needs no launcher.
+
+    A collective that waits longer than 10 minutes (environment: ``DEEPSPEED_TIMEOUT`` minutes) fails.
+    """
+    for lock in stale_locks():
+        warn(f"{lock} was left by a process that is gone and can make a start hang: delete it", stacklevel=2)
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", me.local_rank)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    if me.size == 1 and not dist.is_initialized():
+        os.environ.update(RANK="0", LOCAL_RANK=str(me.local_rank), WORLD_SIZE="1")  # DeepSpeed reads them
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+    import deepspeed
+
+    # Its shared-memory reduction serves inference alone, yet would be compiled at each first start: say it cannot be.
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def stale_locks() -> list[Path]:
+    """Return the lock files of torch's extension builder that no process here holds open: their owners were killed."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    locks = {file.resolve() for depth in ("*/lock", "*/*/lock") for file in root.glob(depth)}
+    held: set[Path] = set()
+    for process in psutil.process_iter() if locks else ():
+        try:
+            held.update(Path(file.path) for file in process.open_files())
+        except psutil.Error:  # another person's process, or one that has just ended
+            continue
+    return sorted(locks - held)

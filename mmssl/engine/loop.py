@@ -1,0 +1,199 @@
+"""The training loop: one for every modality, objective and engine."""
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmssl.contracts import Batch, Progress
+from mmssl.distributed import Council, World
+from mmssl.engine import Engine, StepResult
+from mmssl.engine.finite import NonFiniteSamples
+from mmssl.engine.progress import Progressbar, memory_gb
+from mmssl.engine.schedule import WarmupCosine
+from mmssl.errors import MmsslError, NonFiniteLoss, Stopped, UnusableData
+
+Loaded = tuple[Batch, list[tuple[int, str]]]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop tells the world outside, on every rank (they decide themselves who writes)."""
+
+    checkpoint: Callable[[int], None]
+    """Write a checkpoint after this many steps; a collective."""
+    log: Callable[[dict[str, Any]], None]
+    """Take a line of metrics, the same on every rank."""
+    broken: Callable[[int, str], int]
+    """Record a broken file by global index and reason, the same on every rank; returns how many there are by now."""
+    name: Callable[[int], str]
+    """Return the name of a sample."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When the loop writes, logs and gives up."""
+
+    steps: int
+    accumulate: int
+    batch_size: int
+    log_every: int
+    checkpoint_steps: int | None
+    checkpoint_minutes: float | None
+    max_broken: int
+    seed: int
+
+
+@dataclass
+class Meter:
+    """Sums over the steps since the last line of metrics; nothing is read from the device before the line is due."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+    waited: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, result: StepResult, waited: float) -> None:
+        """Count one step."""
+        values = {"loss": result.loss, **result.metrics}
+        if result.grad_norm is not None:
+            values["grad_norm"] = result.grad_norm.detach()
+        for key, value in values.items():
+            self.totals[key] = self.totals[key] + value if key in self.totals else value
+        self.steps += 1
+        self.waited += waited
+
+    def line(self, council: Council, batch_size: int) -> dict[str, float]:
+        """Return means over steps and ranks, and the pace. A collective; empties the meter."""
+        means = council.mean(torch.stack([value.float() for value in self.totals.values()])) / self.steps
+        elapsed = time.monotonic() - self.since
+        line = dict(zip(self.totals, means.tolist(), strict=True))
+        line |= {"samples_per_s": self.steps * batch_size / elapsed, "wait": self.waited / elapsed}
+        self.totals, self.steps, self.waited, self.since = {}, 0, 0.0, time.monotonic()
+        return line
+
+
+def train(
+    engine: Engine, loaded: Iterable[Loaded], schedule: WarmupCosine, limits: Limits, hooks: Hooks,
+    world: World, council: Council, start: int = 0,
+) -> None:  # fmt: skip
+    """Train from step ``start`` to ``limits.steps``, and write a checkpoint at the end.
+
+    Raises Stopped after a checkpoint when SIGINT or SIGTERM arrived on any rank, UnusableData when too many files are
+    broken, NonFiniteLoss for a NaN or infinite loss, MmsslError when memory runs out.
+    """
+    batches, meter = iter(loaded), Meter()
+    after_step = getattr(engine.objective, "after_step", None)
+    written, clock, broken = start, time.monotonic(), 0
+    with stop_signals() as stop, Progressbar(limits.steps, start, world.is_main) as bar, sentences(limits, hooks):
+        for step in range(start, limits.steps):
+            began = time.monotonic()
+            micros, fresh = read(batches, limits.accumulate, engine.device, hooks)
+            waited = time.monotonic() - began
+            # Whatever draws from the global generator starts each step from a known state: resume needs no more.
+            torch.manual_seed(((limits.seed * 1_000_003 + step) * 4096 + world.rank) % 2**63)
+            meter.add(engine.step(micros, schedule(step)), waited)
+            done = step + 1
+            if after_step is not None:
+                after_step(Progress(done, limits.steps))
+
+            minutes = (time.monotonic() - clock) / 60
+            due = world.is_main and limits.checkpoint_minutes is not None and minutes >= limits.checkpoint_minutes
+            signals, anything_broken, timer = council.sum([stop[0], len(fresh), float(due)])
+            for index, reason in chain(*council.gather(fresh)) if anything_broken else ():
+                broken = hooks.broken(index, reason)
+            last = done == limits.steps
+            news = None
+            if done % limits.log_every == 0 or last:
+                line = meter.line(council, limits.batch_size)
+                news = summary(line, engine.device)
+                hooks.log({"step": done, "lr": schedule(step), **line})
+            bar.advance(done, news)
+            if broken > limits.max_broken:
+                raise UnusableData(
+                    f"{broken} files are broken, more than data.max_bad_fraction allows ({limits.max_broken}); "
+                    "the ledger names them"
+                )
+            every = limits.checkpoint_steps
+            if last or signals or timer or (every is not None and done % every == 0):
+                hooks.checkpoint(done)
+                written, clock = done, time.monotonic()
+            if signals and not last:
+                signum = stop[0] or signal.SIGTERM
+                raise Stopped(
+                    f"stopped at step {done} of {limits.steps} after a checkpoint; --resume continues", signum
+                )
+    assert written == limits.steps
+
+
+def read(
+    batches: Iterator[Loaded], count: int, device: torch.device, hooks: Hooks
+) -> tuple[list[Batch], list[tuple[int, str]]]:
+    """Return the next ``count`` micro-batches on the device, and the broken files met while they were read."""
+    micros, fresh = [], []
+    for batch, broken in islice(batches, count):
+        micros.append({name: value.to(device, non_blocking=True) for name, value in batch.items()})
+        fresh += broken
+        if not batch:
+            for index, reason in fresh:
+                hooks.broken(index, reason)
+            index, reason = fresh[-1]
+            raise UnusableData(
+                f"file after file is broken, lastly {hooks.name(index)} ({reason}); the ledger names them"
+            )
+    return micros, fresh
+
+
+def summary(line: dict[str, float], device: torch.device) -> str:
+    """Return a line of metrics in words."""
+    return (
+        f"loss {line['loss']:.4f}  {line['samples_per_s']:.0f} samples/s  "
+        f"{100 * line['wait']:.0f} % waiting for data  {memory_gb(device):.1f} GB"
+    )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Turn SIGINT and SIGTERM into a number that the loop looks at; a second SIGINT interrupts at once."""
+    seen = [0]
+
+    def note(signum: int, _frame: Any) -> None:
+        if seen[0] == signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen[0] = signum
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        before = {}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def sentences(limits: Limits, hooks: Hooks) -> Iterator[None]:
+    """Turn what can go wrong inside a step into sentences."""
+    try:
+        yield
+    except NonFiniteSamples as error:
+        names = ", ".join(hooks.name(index) for index in error.samples[:8])
+        more = f" and {len(error.samples) - 8} more" if len(error.samples) > 8 else ""
+        raise NonFiniteLoss(f"{error}; samples: {names}{more}") from None
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not out_of_memory:
+            raise
+        micro = limits.batch_size // limits.accumulate
+        raise MmsslError(
+            f"out of memory on micro-batches of {micro} samples ({str(error).splitlines()[0]}); "
+            "raise train.accumulate, lower train.batch_size or set model.backbone.checkpointing=true"
+        ) from None

@@ -1,0 +1,100 @@
+"""The plain engine: one process, one device, no DeepSpeed."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.contracts import Micros, Step
+from mmssl.engine import StepResult
+from mmssl.engine.ema import EMA
+from mmssl.engine.finite import FiniteGuard
+from mmssl.engine.optim import set_lr
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TorchEngine:
+    """Takes optimiser steps with plain PyTorch. Implements ``mmssl.engine.Engine``."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        bf16: bool = False,
+        clip: float | None = None,
+        ema: float | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.objective, self.optimizer, self.device = objective, optimizer, device
+        self.bf16, self.clip = bf16, clip
+        self.names = {parameter: name for name, parameter in objective.named_parameters()}
+        self.ema = EMA([p.data for p in self.names], ema) if ema is not None else None
+        self.guard = FiniteGuard(objective)
+        if compile:
+            objective.compile()
+
+    def step(self, micros: Micros, lr: float) -> StepResult:
+        """Take one optimiser step: accumulate over the micro-batches, clip, AdamW, average."""
+        steps = []
+        for batch in micros:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                step = self.objective(batch)
+            self.guard.watch(step.loss, batch)
+            (step.loss / len(micros)).backward()
+            steps.append(step)
+        norm = None
+        if self.clip is not None:
+            norm = nn.utils.clip_grad_norm_(self.names, self.clip)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update()
+        return mean_result(steps, norm)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters, moments, averages and buffers; see ``Engine.state``."""
+        averages = self.ema.averages if self.ema is not None else [None] * len(self.names)
+        for (parameter, name), average in zip(self.names.items(), averages, strict=True):
+            yield f"param/{name}", parameter.data
+            for key in MOMENTS if parameter in self.optimizer.state else ():
+                yield f"{key}/{name}", self.optimizer.state[parameter][key]
+            if average is not None:
+                yield f"ema/{name}", average
+        for name, buffer in persistent_buffers(self.objective):
+            yield f"buffer/{name}", buffer
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str], Tensor], step: int) -> None:
+        """Restore what ``state`` yielded after ``step`` optimiser steps."""
+        self.guard.settle()
+        for index, (parameter, name) in enumerate(self.names.items()):
+            parameter.copy_(read(f"param/{name}"))
+            if step > 0 and parameter.requires_grad:
+                state = {"step": torch.tensor(float(step), device=self.device)}
+                for key in MOMENTS:
+                    state[key] = read(f"{key}/{name}").to(self.device)
+                self.optimizer.state[parameter] = state
+            if self.ema is not None:
+                self.ema.averages[index].copy_(read(f"ema/{name}"))
+        for name, buffer in persistent_buffers(self.objective):
+            buffer.copy_(read(f"buffer/{name}"))
+
+    def close(self) -> None:
+        """Check the last loss; nothing else is held."""
+        self.guard.settle()
+
+
+def mean_result(steps: list[Step], grad_norm: Tensor | None) -> StepResult:
+    """Average the micro-batches of one optimiser step."""
+    losses = torch.stack([step.loss.detach() for step in steps])
+    metrics = {key: torch.stack([step.metrics[key] for step in steps]).mean() for key in steps[0].metrics}
+    return StepResult(losses.mean(), metrics, grad_norm)
+
+
+def persistent_buffers(objective: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that belong to the training state (teachers, queues), not tables that are recomputed."""
+    kept = objective.state_dict().keys()
+    return ((name, buffer) for name, buffer in objective.named_buffers() if name in kept)

@@ -1,0 +1,1 @@
+"""Heads: what is put on an encoder to train or use it, and mostly thrown away afterwards."""

@@ -1,0 +1,74 @@
+"""The small Transformer that predicts masked patches from visible tokens, and is thrown away after pre-training."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmssl.backbones.blocks import Block, init_linear
+from mmssl.backbones.positions import Positions
+from mmssl.config import Piece
+from mmssl.contracts import Grid
+from mmssl.masking import gather
+
+
+class DecoderConfig(Piece):
+    """A decoder's shape; MAE's own is 512 x 8 x 16 (arXiv:2111.06377, table 1)."""
+
+    dim: Annotated[int, Field(gt=0)] = 512
+    depth: Annotated[int, Field(gt=0)] = 8
+    num_heads: Annotated[int, Field(gt=0)] = 16
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "DecoderConfig":
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} does not divide into num_heads {self.num_heads}")
+        return self
+
+
+class MaskedDecoder(nn.Module):
+    """Predicts the patches at ``drop`` from the latent of the prefix and of the patches at ``keep``.
+
+    The sequence is [prefix, visible, masked]: each token carries the position of the patch it stands for, so nothing
+    has to be shuffled back, and the masked ones are simply the last. In the last block only they are computed, since
+    nothing reads the others afterwards: the same prediction for less work.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        grid: Grid,
+        dim: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(in_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(dim))
+        self.positions = Positions(grid, dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, eps=eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.head = nn.Linear(dim, out_dim)
+        self.apply(init_linear)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, keep: Tensor, drop: Tensor) -> Tensor:
+        """Map latent [B, prefix + K, in_dim], keep [B, K], drop [B, M] to predictions [B, M, out_dim].
+
+        Tokens before the K visible ones are a prefix (a class token) and have no position.
+        """
+        positions = self.positions()
+        x = self.embed(latent)
+        prefix, visible = x.split([x.shape[1] - keep.shape[1], keep.shape[1]], dim=1)
+        masked = self.mask_token + gather(positions, drop)
+        # The cat's dtypes must agree under autocast, where linear layers return bf16 and tables stay fp32.
+        x = torch.cat([prefix, visible + gather(positions, keep).to(x.dtype), masked.to(x.dtype)], dim=1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](x, queries=drop.shape[1])
+        return self.head(self.norm(x))  # type: ignore[no-any-return]

@@ -1,0 +1,58 @@
+"""Masks as index tensors: which tokens an encoder sees (``keep``) and which it must predict (``drop``).
+
+Masks are drawn per sample in the data workers from the sample's own generator, never inside the model: the same sample
+has the same mask on any device, world size, worker count or after a resume.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from mmssl.contracts import Grid
+
+MaskKind = Literal["random"]
+
+
+class Mask(NamedTuple):
+    """Kept [B, K] and dropped [B, M] token indices, int64, equal counts in every row; together all N tokens."""
+
+    keep: Tensor
+    drop: Tensor
+
+
+def kept_tokens(tokens: int, ratio: float) -> int:
+    """Return how many of ``tokens`` stay visible when the fraction ``ratio`` is masked: at least one, never all.
+
+    MAE keeps ``int(N * (1 - ratio))``; the small addend keeps 10 * (1 - 0.9) = 0.99999... from becoming 0.
+    """
+    return min(max(int(tokens * (1 - ratio) + 1e-6), 1), tokens - 1)
+
+
+class RandomMask:
+    """Uniformly random masking without replacement (MAE, arXiv:2111.06377, section 3).
+
+    Calling it with a generator returns ``{"keep": int64 [K], "drop": int64 [M]}``, both sorted: the order of tokens
+    means nothing to a Transformer, and sorted gathers touch memory in order.
+    """
+
+    def __init__(self, grid: Grid, ratio: float) -> None:
+        self.tokens = int(np.prod(grid))
+        if self.tokens < 2:
+            raise ValueError(f"masking needs at least 2 tokens, but the grid {grid} has {self.tokens}")
+        self.kept = kept_tokens(self.tokens, ratio)
+
+    def __call__(self, rng: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
+        """Draw one sample's mask."""
+        order = rng.permutation(self.tokens)
+        return {"keep": np.sort(order[: self.kept]), "drop": np.sort(order[self.kept :])}
+
+
+MASKS = {"random": RandomMask}
+
+
+def gather(tokens: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens by index: [B, N, D] at [B, K] -> [B, K, D]; a table [N, D] is picked from for every row alike."""
+    if tokens.ndim == 2:
+        return tokens[index]
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,58 @@
+"""Supervised classification on a pre-trained encoder: fine-tuning, through the same loop as pre-training."""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmssl.config import ObjectiveConfig
+from mmssl.contracts import Batch, EncoderModule, Step
+
+
+class ClassifyConfig(ObjectiveConfig):
+    """Classification with a linear head on the pooled encoder."""
+
+    name: Literal["classify"] = "classify"
+    classes: list[str] = []
+    """Class names in the order of the head's outputs; filled from the data's labels."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def build(self, encoders: Mapping[str, EncoderModule]) -> "Classify":
+        """Make the objective around its one encoder."""
+        (encoder,) = encoders.values()
+        return Classify(encoder, len(self.classes), self.label_smoothing)
+
+
+class Classify(nn.Module):
+    """Cross-entropy of a linear head on the pooled encoder, all weights trained."""
+
+    def __init__(self, encoder: EncoderModule, num_classes: int, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.dim, num_classes)
+        self.label_smoothing = label_smoothing
+        # Small, so that the first steps do not push random directions through the encoder.
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def encoders(self) -> dict[str, EncoderModule]:
+        """Return the encoder, by its modality."""
+        return {self.encoder.modality: self.encoder}
+
+    def draw(self) -> None:
+        """Nothing is drawn per sample."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return class scores [B, classes] of ``signal`` [B, C, *size]."""
+        tokenizer = self.encoder.tokenizer
+        signal = batch["signal"]
+        latent = self.encoder(tokenizer.patches(signal), None, batch.get("seed"), tokenizer.grid_of(signal))
+        return self.head(self.encoder.pool(latent))  # type: ignore[no-any-return]
+
+    def forward(self, batch: Batch) -> Step:
+        """Return the cross-entropy and the accuracy against ``target`` [B]."""
+        logits, target = self.logits(batch).float(), batch["target"]
+        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        return Step(loss, {"accuracy": (logits.detach().argmax(1) == target).float().mean()})

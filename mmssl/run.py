@@ -1,0 +1,72 @@
+"""The run folder: what a run writes, where, and how it says how it is doing."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mmssl.errors import UserError
+from mmssl.files import replacing_file, write_json
+
+State = Literal["running", "done", "stopped", "failed"]
+
+
+class Run:
+    """A run folder.
+
+    It holds ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``objective/``, ``encoder/``, ``status.json``,
+    ``ledger.jsonl`` and ``report.html``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.ledger_file = self.path / "ledger.jsonl"
+        self.config_file = self.path / "config.yaml"
+        self.report_file = self.path / "report.html"
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Make the folder and write the resolved configuration; UserError where something is in the way."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be a run folder ({error.strerror})") from None
+        if any(self.path.iterdir()):
+            hint = (
+                "give --resume to continue it or another --out" if self.config_file.exists() else "give another --out"
+            )
+            raise UserError(f"{self.path} is not empty; {hint}")
+        self.checkpoints.mkdir()
+        with replacing_file(self.config_file) as aside:
+            aside.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def encoder_folder(self, modality: str, alone: bool) -> Path:
+        """Return where an encoder goes: ``encoder/``, or ``encoder-MODALITY/`` where there are several."""
+        return self.path / ("encoder" if alone else f"encoder-{modality}")
+
+    def status(self, state: State, step: int, steps: int, **more: Any) -> None:
+        """Write ``status.json``."""
+        write_json(self.path / "status.json", {"state": state, "step": step, "steps": steps, **more})
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
+        lines = []
+        for text in self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else ():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        return lines
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics after ``step``: a resumed run will write them again."""
+        kept = [record for record in self.metrics() if record["step"] <= step]
+        with replacing_file(self.metrics_file) as aside:
+            aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

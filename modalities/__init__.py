@@ -1,0 +1,1 @@
+"""Modalities: files into tensors, tensors into tokens. One file each."""

@@ -1,0 +1,252 @@
+"""The encoder: tokenizer + backbone + pooling. All that pre-training leaves behind and downstream work needs."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import Field, SerializeAsAny, create_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mmssl.backbones.vit import ViTConfig
+from mmssl.config import Piece, validate
+from mmssl.contracts import Grid, Modality, Tokenizer
+from mmssl.data.guard import BrokenFile, guarded
+from mmssl.errors import UnusableData, UserError, nearest
+from mmssl.files import replacing_folder, save_tensors, write_json
+from modalities.image import Image
+
+MODALITIES: dict[str, Modality] = {"image": Image()}
+FORMAT = 1
+DECODE_TIMEOUT = 30.0
+
+
+class ModelConfig(Piece):
+    """What is learned: a tokenizer (typed by the modality), a backbone and how its tokens become one vector."""
+
+    tokenizer: SerializeAsAny[Piece] = Piece()
+    backbone: ViTConfig = ViTConfig()
+    cls_token: bool = True
+    """Put a learned class token in front."""
+    pool: Literal["mean", "cls"] = "mean"
+    """One vector per signal: the mean of its tokens, or the class token."""
+
+
+class EncoderConfig(Piece):
+    """Everything that an encoder is made from. ``signal`` and ``model.tokenizer`` are typed by ``modality``."""
+
+    modality: str
+    signal: SerializeAsAny[Piece]
+    model: ModelConfig
+
+
+C = TypeVar("C", bound=EncoderConfig)
+
+
+def typed(base: type[C], modality: str, where: str, **fields: Any) -> type[C]:
+    """Return ``base`` with ``signal`` and ``model.tokenizer`` typed by the modality, and further typed ``fields``."""
+    if modality not in MODALITIES:
+        raise UserError(f"{where}: '{modality}' is not a modality{nearest(str(modality), MODALITIES)}")
+    kind = MODALITIES[modality]
+    model = create_model(
+        "Model", __base__=ModelConfig, tokenizer=(kind.tokenizer_type, Field(default_factory=kind.tokenizer_type))
+    )
+    return create_model(
+        base.__name__,
+        __base__=base,
+        signal=(kind.signal_type, Field(default_factory=kind.signal_type)),
+        model=(model, Field(default_factory=model)),
+        **fields,
+    )
+
+
+class Encoder(nn.Module):
+    """Turns files or tensors into vectors. ``load`` makes it from what a run wrote."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        kind, model = MODALITIES[config.modality], config.model
+        self.config, self.kind = config, kind
+        self.modality, self.pooling = config.modality, model.pool
+        self._tokenizer = kind.tokenizer(config.signal, model.tokenizer, model.backbone.dim)
+        self.backbone = model.backbone.build()
+        self.dim = self.backbone.dim
+        self.num_prefix = int(model.cls_token)
+        if model.pool == "cls" and not model.cls_token:
+            raise ValueError("model.pool 'cls' needs model.cls_token true")
+        self.cls_token = nn.Parameter(torch.randn(self.dim) * 0.02) if model.cls_token else None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, which cuts, embeds and restores patches."""
+        return self._tokenizer
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        """What is done to a decoded file before it is cut into tokens: sizes, statistics, interpolation."""
+        return self.config.signal.model_dump(mode="json")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(
+        self, patches: Tensor, index: Tensor | None = None, seeds: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """Encode the patches [B, N, P] at ``index`` [B, K] (all if None): [B, num_prefix + K, dim]."""
+        tokens = self._tokenizer.embed(patches, index, grid)
+        if self.cls_token is not None:
+            prefix = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+            tokens = torch.cat([prefix, tokens], dim=1)
+        return self.backbone(tokens, None, seeds)  # type: ignore[no-any-return]
+
+    def pool(self, latent: Tensor) -> Tensor:
+        """Pool [B, num_prefix + N, dim] to [B, dim]: the mean of the patch tokens, or the class token."""
+        return latent[:, 0] if self.pooling == "cls" else latent[:, self.num_prefix :].mean(1)
+
+    @torch.no_grad()
+    def features(self, signal: Tensor) -> Tensor:
+        """Return float32 [B, dim] for preprocessed signals [B, C, *size] of any size that the patches divide."""
+        return self.pool(self._latent(signal)).float()
+
+    def _latent(self, signal: Tensor) -> Tensor:
+        training = self.training
+        self.eval()
+        try:
+            signal = signal.to(self.device, torch.float32)
+            return self(self._tokenizer.patches(signal), grid=self._tokenizer.grid_of(signal))  # type: ignore[no-any-return]
+        finally:
+            self.train(training)
+
+    @property
+    def decode(self) -> Callable[[str], Any]:
+        """The modality's decoder: a path to a decoded signal; raises ``BrokenFile``."""
+        return self.kind.decode
+
+    @cached_property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """The evaluation transform: a decoded signal to float32 [C, *size]."""
+        return self.kind.eval_transform(self.config.signal)
+
+    def embed(self, inputs: Any, batch_size: int = 64) -> Tensor:
+        """Return one vector per input: float32 [n, dim] on the CPU.
+
+        ``inputs`` is a list of paths, decoded signals (PIL pictures) or preprocessed float tensors [C, *size]; or one
+        such tensor [n, C, *size]; or a single path. Raises UnusableData naming the first file that cannot be read.
+        """
+        vectors = [self.features(batch).cpu() for batch in self._batches(inputs, batch_size)]
+        return torch.cat(vectors) if vectors else torch.empty(0, self.dim)
+
+    @torch.no_grad()
+    def tokens(self, inputs: Any, batch_size: int = 64) -> tuple[Tensor, Grid]:
+        """Return one vector per patch, float32 [n, N, dim] on the CPU, and their grid; inputs as ``embed``."""
+        parts, grid = [], self._tokenizer.grid
+        for batch in self._batches(inputs, batch_size):
+            grid = self._tokenizer.grid_of(batch)
+            parts.append(self._latent(batch)[:, self.num_prefix :].float().cpu())
+        return torch.cat(parts) if parts else torch.empty(0, 0, self.dim), grid
+
+    def _batches(self, inputs: Any, batch_size: int) -> Iterator[Tensor]:
+        if isinstance(inputs, str | Path):
+            inputs = [inputs]
+        for start in range(0, len(inputs), batch_size):
+            part = inputs[start : start + batch_size]
+            yield part if isinstance(part, Tensor) else torch.stack([self._signal(item) for item in part])
+
+    def _signal(self, item: Any) -> Tensor:
+        if isinstance(item, Tensor):
+            return item
+        if isinstance(item, str | Path):
+            try:
+                item = guarded(self.decode, str(item), DECODE_TIMEOUT)
+            except BrokenFile as error:
+                raise UnusableData(f"{item}: {error.reason}") from None
+        return self.transform(item)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over weights and preprocessing: what two encoders share if they embed alike."""
+        digest = hashlib.sha256(json.dumps(self.config.model_dump(mode="json"), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path | str, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write an encoder folder (safetensors and JSON), with the tensors of ``state`` instead of its own if given."""
+        state = self.state_dict() if state is None else state
+        config = self.config.model_dump(mode="json", include={"modality", "model"})
+        shape = {"dim": self.dim, "grid": list(self._tokenizer.grid)}
+        with replacing_folder(Path(folder)) as aside:
+            save_tensors(aside / "model.safetensors", state)
+            write_json(aside / "config.json", {"format": FORMAT, **config, **shape})
+            write_json(aside / "preprocess.json", self.preprocess)
+            (aside / "README.md").write_text(_card(self, sum(t.numel() for t in state.values())), encoding="utf-8")
+
+
+def _card(encoder: Encoder, parameters: int) -> str:
+    return f"""# A {encoder.modality} encoder made with mmssl
+
+{parameters:,} parameters, {encoder.dim} values per vector, token grid {" x ".join(map(str, encoder._tokenizer.grid))}.
+
+```python
+from mmssl import load
+encoder = load("this/folder")
+vectors = encoder.embed(["a-file", "another"])  # float32 [2, {encoder.dim}]
+```
+
+`model.safetensors` holds the weights, `config.json` what they fit into, `preprocess.json` what is done to a file first.
+"""
+
+
+def load(path: str | Path) -> Encoder:
+    """Return the encoder in an encoder folder, a run folder (its last encoder) or a ``model.safetensors`` file.
+
+    Raises UserError, one sentence, for anything else; needs neither DeepSpeed nor the data.
+    """
+    folder = encoder_folder(Path(path))
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        signal = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a readable encoder folder ({error})") from None
+    if stored.get("format") != FORMAT:
+        raise UserError(f"{folder}: written in format {stored.get('format')}, but this mmssl reads format {FORMAT}")
+    config = validate(
+        typed(EncoderConfig, str(stored.get("modality")), str(folder)),
+        {"modality": stored["modality"], "model": stored.get("model"), "signal": signal},
+        f"{folder}/config.json",
+    )
+    encoder = Encoder(config)
+    try:
+        encoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder}: the weights do not fit the configuration ({str(error).splitlines()[-1].strip()})"
+        ) from None
+    return encoder.eval()
+
+
+def encoder_folder(path: Path) -> Path:
+    """Return the encoder folder that a path means; raises UserError where there is none or more than one."""
+    if not path.exists():
+        siblings: Sequence[str] = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{path} does not exist{nearest(path.name, siblings) if siblings else ''}")
+    if path.is_file():
+        path = path.parent
+    if (path / "model.safetensors").is_file() and (path / "config.json").is_file():
+        return path
+    found = sorted(p for p in path.glob("encoder*") if (p / "model.safetensors").is_file())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{path} holds {len(found)} encoders: name one of {', '.join(map(str, found))}")
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{path} is a run that has written no encoder yet")
+    raise UserError(f"{path} is neither an encoder folder nor a run (no model.safetensors in it)")

@@ -1,0 +1,181 @@
+"""From a recipe to a run's parts: the root configuration, the objective and the engine."""
+
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import SerializeAsAny
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mmssl.config import (
+    CheckpointConfig,
+    DataConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TrainConfig,
+    override,
+    read_yaml,
+    validate,
+)
+from mmssl.contracts import Objective
+from mmssl.cost import Cost, measure, sample_batch
+from mmssl.distributed import World
+from mmssl.engine import Engine
+from mmssl.engine.optim import adamw, param_groups
+from mmssl.engine.torch_engine import TorchEngine
+from mmssl.errors import UserError, nearest
+from mmssl.objectives import OBJECTIVES
+from modalities.encoder import MODALITIES, Encoder, EncoderConfig, encoder_folder, typed
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Recipe(EncoderConfig):
+    """Everything that decides what a run computes, and how it is run."""
+
+    objective: SerializeAsAny[ObjectiveConfig]
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fully resolved recipe as plain values."""
+        return self.model_dump(mode="json")
+
+    def as_yaml(self) -> str:
+        """Return the fully resolved recipe as a YAML page."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def recipe_names() -> dict[str, Path]:
+    """Return the shipped recipes by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def recipe_path(name: str | Path) -> Path:
+    """Return the file of a shipped recipe or of a YAML path; UserError with the nearest name for anything else."""
+    shipped = recipe_names()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such recipe file{nearest(path.name, siblings) if siblings else ''}")
+    raise UserError(f"'{name}' is not a recipe{nearest(str(name), shipped)}")
+
+
+def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Return a recipe by name or path with dotted overrides applied; UserError for anything wrong in it."""
+    path = recipe_path(name)
+    return parse_recipe(override(read_yaml(path), overrides or {}), str(name))
+
+
+def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """Validate a recipe given as plain values; ``where`` names it in errors."""
+    if "modality" not in data:
+        raise UserError(f"{where}: 'modality' is missing; valid: {', '.join(MODALITIES)}")
+    objective = data.get("objective")
+    name = objective.get("name") if isinstance(objective, Mapping) else None
+    if name not in OBJECTIVES:
+        raise UserError(f"{where}: objective.name '{name}' is not an objective{nearest(str(name), OBJECTIVES)}")
+    return validate(typed(Recipe, data["modality"], where, objective=(OBJECTIVES[name], ...)), data, where)
+
+
+def build_objective(recipe: Recipe) -> nn.Module:
+    """Make the objective, initialised from ``train.seed`` and then from ``train.init_from`` if that is set."""
+    torch.manual_seed(recipe.train.seed)
+    try:
+        objective = recipe.objective.build({recipe.modality: Encoder(recipe)})
+    except ValueError as error:  # settings that are each valid but do not go together
+        raise UserError(str(error)) from None
+    assert isinstance(objective, nn.Module)
+    if recipe.train.init_from is not None:
+        initialise(objective, Path(recipe.train.init_from))
+    return objective
+
+
+def initialise(objective: nn.Module, source: Path) -> None:
+    """Copy weights from a run (all of its objective that this one knows) or from an encoder folder."""
+    whole = source / "objective" / "model.safetensors"
+    if whole.is_file():
+        weights = load_file(whole)
+    else:
+        weights = {f"encoder.{name}": t for name, t in load_file(encoder_folder(source) / "model.safetensors").items()}
+    load_weights(objective, weights, str(source))
+
+
+def load_weights(objective: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy the weights that an objective knows by name; UserError where none does or a shape differs."""
+    own = objective.state_dict()
+    shared = [name for name in own if name in weights]
+    if not shared:
+        raise UserError(f"{source} holds no weight of this model")
+    for name in shared:
+        if own[name].shape != weights[name].shape:
+            raise UserError(
+                f"{name} is {list(weights[name].shape)} in {source} and {list(own[name].shape)} here; "
+                "give the recipe the same model.* and signal.size"
+            )
+    objective.load_state_dict({name: weights[name] for name in shared}, strict=False)
+
+
+def measure_cost(recipe: Recipe, objective: nn.Module) -> Cost:
+    """Return what one sample of a recipe costs."""
+    viewed = as_objective(objective)
+    tokenizer = next(iter(viewed.encoders().values())).tokenizer
+    blank = tokenizer.unpatch(torch.zeros(1, prod(tokenizer.grid), tokenizer.patch_dim))
+    return measure(objective, sample_batch(tuple(blank.shape[1:]), viewed.draw()))
+
+
+def as_objective(module: nn.Module) -> Objective:
+    """View the root module as the objective it is."""
+    return module  # type: ignore[return-value]
+
+
+def use_deepspeed(recipe: Recipe, world: World, deepspeed_config: str | None) -> bool:
+    """Decide the engine: deepspeed under a launcher or with a configuration, unless the recipe says otherwise."""
+    if recipe.train.engine == "torch":
+        if world.size > 1 or deepspeed_config is not None:
+            raise UserError("train.engine=torch runs one process without DeepSpeed; use train.engine=deepspeed here")
+        return False
+    return recipe.train.engine == "deepspeed" or "RANK" in os.environ or deepspeed_config is not None
+
+
+def use_bf16(recipe: Recipe, device: torch.device) -> bool:
+    """Decide the precision of products.
+
+    auto means bf16 where it is known to pay: on GPUs that have it, and on CPUs with AMX from width 768 on (below, casts
+    eat what the products gain).
+    """
+    if recipe.train.precision != "auto":
+        return recipe.train.precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_amx_tile_supported()) and recipe.model.backbone.dim >= 768
+
+
+def build_engine(recipe: Recipe, objective: nn.Module, device: torch.device, world: World, ds: str | None) -> Engine:
+    """Make the engine; ``ds`` names a DeepSpeed configuration and chooses that engine, None the torch one."""
+    optim, train = recipe.optim, recipe.train
+    groups = param_groups(objective, optim.weight_decay, optim.layer_decay, recipe.model.backbone.depth)
+    bf16 = use_bf16(recipe, device)
+    if ds is None:
+        objective.to(device)
+        optimizer = adamw(groups, optim.betas, optim.eps)
+        return TorchEngine(objective, optimizer, device, bf16, optim.clip, train.ema, train.compile)
+    if train.compile:
+        raise UserError("train.compile is for the torch engine; leave it out under DeepSpeed")
+    from mmssl.engine.deepspeed_engine import DeepSpeedEngine
+    from mmssl.engine.deepspeed_setup import merge, system_config
+
+    micro_batch = train.batch_size // (train.accumulate * world.size)
+    config = merge(system_config(ds), micro_batch, train.accumulate, optim.clip, bf16, where=ds)
+    return DeepSpeedEngine(objective, adamw(groups, optim.betas, optim.eps), config, train.ema)

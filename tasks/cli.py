@@ -1,0 +1,290 @@
+"""The command line: words into function calls, results into tables or JSON, errors into one sentence and a code."""
+
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import typer
+from rich.console import Console
+
+from mmssl.config import parse_assignments
+from mmssl.data.listing import Listing, list_files
+from mmssl.distributed import world
+from mmssl.errors import MmsslError, UserError
+from modalities.encoder import Encoder, load
+from tasks.build import load_recipe, recipe_names, recipe_path
+
+app = typer.Typer(
+    name="mmssl",
+    help="Self-supervised learning: from a folder of media to a measured encoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look after files before they are trained on.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+# Typer carries its own copy of click from some version on; the error type is reached through what both export.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+EncoderPath = Annotated[Path, typer.Argument(metavar="ENCODER", help="An encoder folder, a run folder or a file.")]
+TrainData = Annotated[Path, typer.Option("--train", help="Training files: a folder or a manifest.")]
+TestData = Annotated[Path, typer.Option("--test", help="Test files: a folder or a manifest.")]
+TrainSplit = Annotated[str | None, typer.Option(help="Which split of --train; 'train' if it has one.")]
+TestSplit = Annotated[str | None, typer.Option(help="Which split of --test; 'test' if it has one.")]
+LabelColumn = Annotated[str, typer.Option(help="Manifest column with the labels.")]
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave broken files out and report how many.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value]...", help="Settings to change.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder to write the result to, as JSON.")]
+LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
+
+
+class Result(Protocol):
+    """What a task returns."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        ...
+
+    def render(self, console: Console) -> None:
+        """Print for people."""
+        ...
+
+
+def emit(result: Result, as_json: bool) -> None:
+    """Print a result on stdout, on rank 0 alone."""
+    if not world().is_main:
+        return
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    else:
+        # A pipe has no width of its own; tables and sentences must not be cut at 80 columns in a log file.
+        wide = None if sys.stdout.isatty() else 160
+        result.render(Console(highlight=False, width=wide))
+
+
+def keep(result: Result, out: Path | None, name: str) -> None:
+    """Write a result as ``name`` into the folder ``out``, if one is given."""
+    if out is not None:
+        from mmssl.files import write_json
+
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / name, result.as_dict())
+
+
+def pair(
+    encoder: Encoder, train: Path, test: Path, train_split: str | None, test_split: str | None
+) -> tuple[Listing, Listing]:
+    """List the training and the test files of an encoder's modality."""
+    kind = encoder.kind
+    return (
+        list_files(train, kind.suffixes, kind.name, split=train_split, default_split="train"),
+        list_files(test, kind.suffixes, kind.name, split=test_split, default_split="test"),
+    )
+
+
+@app.command()
+def demo(
+    modality: Annotated[str, typer.Option(help="What to learn from.")] = "image",
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo-run"),
+    as_json: Json = False,
+) -> None:
+    """Pre-train on pictures that come with the package and measure what was learned: minutes, offline."""
+    from tasks.demo import demo as run
+
+    emit(run(modality, out), as_json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="The recipe to print.")] = None, as_json: Json = False
+) -> None:
+    """List the recipes, or print one page."""
+    from mmssl.config import read_yaml
+
+    if name is not None:
+        path = recipe_path(name)
+        print(json.dumps(read_yaml(path)) if as_json else path.read_text(encoding="utf-8"), end="\n" if as_json else "")
+        return
+    heads = {key: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for key, path in recipe_names().items()}
+    if as_json:
+        print(json.dumps(heads))
+    else:
+        for key, head in heads.items():
+            print(f"{key:20s} {head}")
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or a YAML path.")],
+    overrides: Overrides = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of media or a manifest.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder to make.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of the data; 'train' if it has one.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Print the settings and the cost, and train nothing.")] = False,
+    deepspeed_config: Annotated[
+        str | None, typer.Option("--deepspeed_config", "--deepspeed-config", help="A DeepSpeed JSON, or a name: zero2.")
+    ] = None,
+    as_json: Json = False,
+    local_rank: LocalRank = 0,
+) -> None:
+    """Pre-train an encoder on a folder of media."""
+    from tasks.pretrain import dry_run
+    from tasks.pretrain import pretrain as run
+
+    resolved = load_recipe(recipe, parse_assignments(overrides or ()))
+    if dry:
+        emit(dry_run(resolved, data, split), as_json)
+        return
+    if data is None or out is None:
+        raise UserError(f"pretrain needs --{'data' if data is None else 'out'} (or --dry-run to see the cost first)")
+    emit(run(resolved, data, out, split=split, resume=resume, deepspeed_config=deepspeed_config), as_json)
+
+
+@app.command()
+def finetune(
+    encoder: EncoderPath,
+    train: TrainData,
+    test: TestData,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/finetune"),
+    labels: Annotated[str | None, typer.Option(help="Use this share of the training labels, such as 1%.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Use this many training labels per class.")] = None,
+    scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights: the baseline.")] = False,
+    label_column: LabelColumn = "label",
+    train_split: TrainSplit = None,
+    test_split: TestSplit = None,
+    skip_broken: SkipBroken = False,
+    as_json: Json = False,
+) -> None:
+    """Train all of an encoder and a classifier on a few labels, and test it."""
+    from tasks.finetune import finetune as run
+
+    loaded = load(encoder)
+    result = run(
+        loaded, *pair(loaded, train, test, train_split, test_split), out, label_column=label_column, labels=labels,
+        shots=shots, scratch=scratch, skip_broken=skip_broken, overrides=parse_assignments(overrides or ()),
+    )  # fmt: skip
+    emit(result, as_json)
+
+
+@app.command()
+def knn(
+    encoder: EncoderPath,
+    train: TrainData,
+    test: TestData,
+    k: Annotated[str, typer.Option(help="How many neighbours, separated by commas.")] = "10,20,100",
+    temperature: Annotated[float, typer.Option(help="Of the neighbours' votes.")] = 0.07,
+    label_column: LabelColumn = "label",
+    train_split: TrainSplit = None,
+    test_split: TestSplit = None,
+    skip_broken: SkipBroken = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Classify test files by their nearest training files: no training at all."""
+    from tasks.knn import knn as run
+
+    try:
+        counts = [int(number) for number in k.split(",")]
+    except ValueError:
+        raise UserError(f"--k {k}: give whole numbers separated by commas, such as 10,20,100") from None
+    loaded = load(encoder)
+    listings = pair(loaded, train, test, train_split, test_split)
+    result = run(loaded, *listings, label_column, counts, temperature, skip_broken=skip_broken)
+    keep(result, out, "knn.json")
+    emit(result, as_json)
+
+
+@app.command(name="linear-probe")
+def linear_probe(
+    encoder: EncoderPath,
+    train: TrainData,
+    test: TestData,
+    label_column: LabelColumn = "label",
+    train_split: TrainSplit = None,
+    test_split: TestSplit = None,
+    seed: Annotated[int, typer.Option(help="Of the hold-out and the intervals.")] = 0,
+    skip_broken: SkipBroken = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Train a linear classifier on frozen features, and test it."""
+    from tasks.linear_probe import linear_probe as run
+
+    loaded = load(encoder)
+    listings = pair(loaded, train, test, train_split, test_split)
+    result = run(loaded, *listings, label_column, seed, skip_broken=skip_broken)
+    keep(result, out, "linear-probe.json")
+    emit(result, as_json)
+
+
+@app.command()
+def embed(
+    encoder: EncoderPath,
+    data: Annotated[Path, typer.Argument(metavar="PATH", help="A file, a folder or a manifest.")],
+    out: Annotated[Path, typer.Option(help="The parquet file to write: path, split, label, vector.")],
+    split: Annotated[str | None, typer.Option(help="Which split of the data; all of it by default.")] = None,
+    skip_broken: SkipBroken = False,
+    as_json: Json = False,
+) -> None:
+    """Write one vector per file."""
+    from tasks.embed import embed as run
+
+    loaded = load(encoder)
+    listing = list_files(data, loaded.kind.suffixes, loaded.kind.name, split=split)
+    emit(run(loaded, listing, out, skip_broken=skip_broken), as_json)
+
+
+@data_app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A folder or a manifest.")],
+    modality: Annotated[str, typer.Option(help="Which media to look for.")] = "image",
+    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Write the broken files to this JSON-lines file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Decode everything; report what is broken and why. Exit code 3 if anything is."""
+    from tasks.data_check import check as run
+
+    result = run(path, modality, workers, ledger)
+    emit(result, as_json)
+    if result.broken:
+        raise typer.Exit(3)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code of DESIGN's table and never shows a traceback for what is foreseen."""
+    try:
+        code = app(list(arguments), prog_name="mmssl", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except UsageError as error:
+        complain(error.format_message() if hasattr(error, "format_message") else str(error))
+        return 2
+    except MmsslError as error:
+        # The user's mistake is seen by every rank, anything else perhaps by one alone.
+        if world().is_main or not isinstance(error, UserError):
+            complain(str(error))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever reads has gone; nothing more can be said
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+            raise
+        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
+        return 1
+
+
+def complain(sentence: str) -> None:
+    """Say what is wrong, on stderr."""
+    print(f"mmssl: {' '.join(sentence.split())}", file=sys.stderr, flush=True)

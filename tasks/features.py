@@ -1,0 +1,327 @@
+"""Features of a frozen encoder: computed once per file, checked, and kept in the user's cache folder."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypedDict, Unpack
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmssl.data.dataset import prepare_worker, worker_count
+from mmssl.data.guard import BrokenFile, guarded
+from mmssl.data.listing import Listing
+from mmssl.distributed import world
+from mmssl.errors import UnusableData, UserError
+from mmssl.files import replacing_file, save_tensors
+
+CacheFolder = Path | Literal["auto"] | None
+"""Where features are kept: a folder, ``default_cache()`` or nowhere."""
+
+ReportProgress = Callable[[int, int], None]
+"""Called with (files done, files in all) after every batch."""
+
+
+class Extractor(Protocol):
+    """What features are computed with: an Encoder, or anything that reads files and maps signals to vectors."""
+
+    @property
+    def decode(self) -> Callable[[str], Any]:
+        """Read one file; picklable, because data workers call it."""
+        ...
+
+    @property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """Turn what was decoded into a float32 signal [C, *size] of one size; picklable."""
+        ...
+
+    def features(self, signal: Tensor) -> Tensor:
+        """Map signals [B, C, *size] to vectors [B, D], without gradients."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a text that changes whenever the vectors would."""
+        ...
+
+
+class Preprocessing(Protocol):
+    """What ``RawPixels`` needs of an encoder."""
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        """The settings of decoding and transform."""
+        ...
+
+    @property
+    def decode(self) -> Callable[[str], Any]:
+        """As ``Extractor.decode``."""
+        ...
+
+    @property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """As ``Extractor.transform``."""
+        ...
+
+
+class RawPixels:
+    """Stands in for an encoder with its preprocessed signals, flattened: the baseline in which nothing is learned."""
+
+    def __init__(self, encoder: Preprocessing) -> None:
+        self.decode, self.transform = encoder.decode, encoder.transform
+        self._settings = json.dumps(encoder.preprocess, sort_keys=True, default=str)
+
+    def features(self, signal: Tensor) -> Tensor:
+        """Return [B, C, *size] as [B, C * size]."""
+        return signal.flatten(1)
+
+    def fingerprint(self) -> str:
+        """Return a text that depends on the preprocessing alone."""
+        return f"raw {self._settings}"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Vectors float32 [n, dim] of the files at ``kept`` (indices of the listing); (name, reason) of the others."""
+
+    vectors: Tensor
+    kept: list[int]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+class ExtractOptions(TypedDict, total=False):
+    """The options of ``extract``, which every frozen evaluation passes on."""
+
+    batch_size: int
+    workers: int | Literal["auto"]
+    skip_broken: bool
+    cache: CacheFolder
+    timeout: float
+    progress: ReportProgress | None
+
+
+def extract(
+    encoder: Extractor,
+    listing: Listing,
+    batch_size: int = 256,
+    workers: int | Literal["auto"] = "auto",
+    skip_broken: bool = False,
+    cache: CacheFolder = "auto",
+    timeout: float = 30.0,
+    progress: ReportProgress | None = None,
+) -> Features:
+    """Return the features of every file, from the cache where nothing changed since they were computed.
+
+    ``workers`` processes decode (auto: one less than the cores, at most 8), each file in at most ``timeout`` seconds.
+    Raises UnusableData for a broken file, unless ``skip_broken`` leaves it out and reports it, and for features that
+    are NaN or infinite. Features with files left out are not cached: what timed out today may be whole tomorrow.
+    """
+    folder = default_cache() if cache == "auto" else cache
+    file = None if folder is None else folder / f"{_key(encoder, listing)}.safetensors"
+    vectors = None if file is None else _read(file, len(listing))
+    if vectors is not None:
+        return Features(vectors, list(range(len(listing))))
+    features = _compute(
+        encoder, listing, _loader(encoder, listing, batch_size, workers, timeout), skip_broken, progress
+    )
+    if file is not None and not features.skipped:
+        _write(file, features.vectors)
+    return features
+
+
+def default_cache() -> Path:
+    """Return ``$MMSSL_CACHE/features``, else ``$XDG_CACHE_HOME/mmssl/features``, else ``~/.cache/mmssl/features``."""
+    own, shared = os.environ.get("MMSSL_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    base = Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "mmssl"
+    return base / "features"
+
+
+class _Files(Dataset[tuple[int, Tensor | str]]):
+    """Gives (index, signal), or (index, reason) for a file that is broken. Holds no weights: workers get a copy."""
+
+    def __init__(self, encoder: Extractor, paths: Sequence[str], timeout: float) -> None:
+        self.read, self.transform = encoder.decode, encoder.transform
+        self.paths, self.timeout = paths, timeout
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            return index, guarded(self._signal, self.paths[index], self.timeout)
+        except BrokenFile as broken:
+            return index, broken.reason
+
+    def _signal(self, path: str) -> Tensor:
+        return self.transform(self.read(path))
+
+
+_Loaded = tuple[list[int], Tensor | None, list[tuple[int, str]]]
+"""Indices and signals of the whole files of a batch; indices and reasons of the broken ones."""
+
+
+def _collate(items: list[tuple[int, Tensor | str]]) -> _Loaded:
+    whole = [(index, signal) for index, signal in items if isinstance(signal, Tensor)]
+    broken = [(index, reason) for index, reason in items if isinstance(reason, str)]
+    return [index for index, _ in whole], torch.stack([s for _, s in whole]) if whole else None, broken
+
+
+def _loader(
+    encoder: Extractor, listing: Listing, batch_size: int, workers: int | Literal["auto"], timeout: float
+) -> DataLoader[tuple[int, Tensor | str]]:
+    # One batch gains nothing from processes that take longer to start than to decode it.
+    few = workers == "auto" and len(listing) <= batch_size
+    return DataLoader(
+        _Files(encoder, listing.paths, timeout),
+        batch_size,
+        num_workers=0 if few else worker_count(workers, world()),
+        collate_fn=_collate,
+        worker_init_fn=prepare_worker,
+    )
+
+
+def _compute(
+    encoder: Extractor,
+    listing: Listing,
+    loader: DataLoader[tuple[int, Tensor | str]],
+    skip_broken: bool,
+    progress: ReportProgress | None,
+) -> Features:
+    vectors: list[Tensor] = []
+    kept: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    batch: _Loaded
+    for batch in loader:
+        indices, signal, broken = batch
+        for index, reason in broken:
+            if not skip_broken:
+                raise UnusableData(f"{listing.paths[index]}: {reason}; evaluation never leaves a file out unasked")
+            skipped.append((listing.name(index), reason))
+        if signal is not None:
+            vectors.append(
+                _finite(encoder.features(signal).detach().float().cpu(), [listing.paths[i] for i in indices])
+            )
+            kept += indices
+        if progress is not None:
+            progress(len(kept) + len(skipped), len(listing))
+    if not kept:
+        name, reason = skipped[0]
+        raise UnusableData(
+            f"{listing.root}: none of the {len(skipped)} files can be read; the first is {name}: {reason}"
+        )
+    return Features(torch.cat(vectors), kept, skipped)
+
+
+def _finite(vectors: Tensor, paths: Sequence[str]) -> Tensor:
+    bad = (~vectors.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UnusableData(f"{paths[bad[0]]}: its features are NaN or infinite")
+    return vectors
+
+
+def _key(encoder: Extractor, listing: Listing) -> str:
+    digest = hashlib.sha256(encoder.fingerprint().encode())
+    for path in listing.paths:
+        try:
+            stat = os.stat(path)  # noqa: PTH116 - a Path per file is slow for a million files
+            facts = [path, stat.st_size, stat.st_mtime_ns]
+        except OSError:
+            facts = [path, None, None]
+        digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
+
+
+def _read(file: Path, count: int) -> Tensor | None:
+    if not file.exists():
+        return None
+    try:
+        vectors = load_file(file)["vectors"]
+    except (OSError, SafetensorError, KeyError) as error:
+        print(f"cached features {file} cannot be read ({error}); computing them again", file=sys.stderr)
+        return None
+    if vectors.ndim != 2 or len(vectors) != count or not vectors.isfinite().all():
+        print(f"cached features {file} are damaged; computing them again", file=sys.stderr)
+        return None
+    return vectors
+
+
+def _write(file: Path, vectors: Tensor) -> None:
+    # The features are there; a full disk or a home that cannot be written costs only the next run's time.
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(file) as aside:
+            save_tensors(aside, {"vectors": vectors})
+    except (OSError, SafetensorError) as error:
+        print(f"features could not be cached in {file.parent} ({error})", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Vectors float32 [n, dim] with class indices int64 [n]."""
+
+    vectors: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What an evaluation was measured on."""
+
+    train: int
+    test: int
+    classes: list[str]
+    skipped: list[tuple[str, str]]
+    """(name, reason) of broken files that were left out on request."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts for JSON."""
+        skipped = [{"path": path, "reason": reason} for path, reason in self.skipped]
+        return {"train": self.train, "test": self.test, "classes": self.classes, "skipped": skipped}
+
+    def __str__(self) -> str:
+        text = f"{self.train} training and {self.test} test samples, {len(self.classes)} classes"
+        return f"{text}; {len(self.skipped)} broken files left out" if self.skipped else text
+
+
+def labelled_features(
+    encoder: Extractor, train: Listing, test: Listing, label_column: str = "label", **options: Unpack[ExtractOptions]
+) -> tuple[Labelled, Labelled, Samples]:
+    """Return the training and test features with class indices; classes are the sorted training labels.
+
+    Raises UserError for a test label that no training file has, before anything is decoded, and as ``extract``.
+    """
+    classes, train_targets, test_targets = class_targets(train, test, label_column)
+    both, skipped = [], []
+    for listing, targets in ((train, train_targets), (test, test_targets)):
+        features = extract(encoder, listing, **options)
+        both.append(Labelled(features.vectors, torch.tensor([targets[i] for i in features.kept])))
+        skipped += features.skipped
+    return both[0], both[1], Samples(len(both[0].targets), len(both[1].targets), classes, skipped)
+
+
+def class_targets(train: Listing, test: Listing, label_column: str = "label") -> tuple[list[str], list[int], list[int]]:
+    """Return the classes (the sorted training labels) and the class indices of the training and the test files.
+
+    Raises UserError for fewer than two classes, for a test label that no training file has, and where a test file is a
+    training file too: such a score would mean nothing.
+    """
+    train_labels, test_labels = train.labels(label_column), test.labels(label_column)
+    classes = sorted(set(train_labels))
+    if len(classes) < 2:
+        raise UserError(f"{train.root}: classification needs at least two classes, but every label is '{classes[0]}'")
+    unseen = sorted(set(test_labels) - set(classes))
+    if unseen:
+        more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
+        words = ", ".join(f"'{label}'" for label in unseen[:3]) + more
+        raise UserError(f"{test.root}: no training sample in {train.root} has the test label {words}")
+    shared = set(train.paths) & set(test.paths)
+    if shared:
+        raise UserError(f"{len(shared)} files, such as {min(shared)}, are in both the training and the test set")
+    number = {label: i for i, label in enumerate(classes)}
+    return classes, [number[label] for label in train_labels], [number[label] for label in test_labels]

@@ -1,0 +1,258 @@
+"""Training a recipe on files into a run folder: what pre-training and fine-tuning share.
+
+Every rank walks through the same steps; rank 0 alone writes and talks.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mmssl import checkpoint
+from mmssl.config import read_yaml
+from mmssl.data.dataset import Plan, Samples, loader, worker_count
+from mmssl.data.ledger import Ledger
+from mmssl.data.listing import Listing
+from mmssl.distributed import Council, World, world
+from mmssl.engine import Engine
+from mmssl.engine.loop import Hooks, Limits, train
+from mmssl.engine.schedule import WarmupCosine
+from mmssl.errors import MmsslError, Stopped, UserError
+from mmssl.files import replacing_folder, save_tensors, write_json
+from mmssl.run import Run
+from modalities.encoder import MODALITIES
+from tasks.build import Recipe, as_objective, build_engine, build_objective, load_weights, parse_recipe, use_deepspeed
+
+MAY_DIFFER = ("train.steps", "train.epochs", "train.engine", "data.workers", "checkpoint.")
+"""What may be changed when a run is resumed."""
+
+
+def say(text: str) -> None:
+    """Tell a person something, once: on rank 0, on stderr."""
+    if world().is_main:
+        print(text, file=sys.stderr, flush=True)
+
+
+def fit(
+    recipe: Recipe,
+    listing: Listing,
+    run: Run,
+    targets: Sequence[int] | None = None,
+    initial: dict[str, Tensor] | None = None,
+    resume: bool = False,
+    deepspeed_config: str | None = None,
+) -> None:
+    """Train ``recipe`` on the files of ``listing`` into the folder of ``run``, from its last checkpoint if ``resume``.
+
+    ``targets`` are class indices per file, for supervised objectives; ``initial`` weights by name in the objective.
+    Raises what ``mmssl.engine.loop.train`` raises, after writing ``status.json``, and UserError for what does not fit.
+    """
+    me = world()
+    ds = (deepspeed_config or "zero0") if use_deepspeed(recipe, me, deepspeed_config) else None
+    check_batch(recipe, me)
+    objective = build_objective(recipe)
+    if initial is not None:
+        load_weights(objective, initial, "the encoder")
+    if resume:
+        check_resumable(run, recipe)
+    elif me.is_main:
+        run.create(recipe.as_dict())
+    device = connect(me, ds)
+    council = Council(me.size)
+    council.gather(None)  # nobody goes on before rank 0 has made the folder
+    engine = build_engine(recipe, objective, device, me, ds)
+    writer = Writer(run, recipe, listing, engine, me, council)
+    start = writer.resume() if resume else 0
+    try:
+        if start < writer.steps:
+            batches = make_batches(recipe, listing, objective, targets, me, start, device)
+            schedule = make_schedule(recipe, len(listing))
+            train(engine, batches, schedule, make_limits(recipe, len(listing)), writer.hooks(), me, council, start)
+    except Stopped as stopped:
+        writer.status("stopped", reason=str(stopped))
+        raise
+    except (MmsslError, OSError, KeyboardInterrupt) as error:
+        writer.status("failed", reason=str(error) or type(error).__name__)
+        raise
+    finally:
+        engine.close()
+    writer.status("done", seconds=round(time.monotonic() - writer.began, 1))
+
+
+def check_batch(recipe: Recipe, me: World) -> None:
+    """Raise UserError where the batch does not divide into the ranks' micro-batches."""
+    batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
+    if batch % (me.size * accumulate):
+        raise UserError(f"train.batch_size {batch} does not divide by {me.size} ranks x train.accumulate {accumulate}")
+
+
+def check_resumable(run: Run, recipe: Recipe) -> None:
+    """Raise UserError where there is no run, or it was made by a recipe that computes something else."""
+    if not run.config_file.is_file():
+        raise UserError(f"--resume: {run.path} is not a run folder (it holds no {run.config_file.name})")
+    stored = parse_recipe(read_yaml(run.config_file), str(run.config_file))
+    before, now = flat(stored.as_dict()), flat(recipe.as_dict())
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
+            raise UserError(f"--resume: {key} is {now.get(key)} here but {before.get(key)} in {run.config_file}")
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one with dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+def connect(me: World, ds: str | None) -> torch.device:
+    """Join the other ranks if there are any, and return this rank's device."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if ds is None:
+        return torch.device(kind)
+    from mmssl.engine import deepspeed_setup
+
+    return deepspeed_setup.connect(me, kind)
+
+
+def make_batches(
+    recipe: Recipe, listing: Listing, objective: nn.Module, targets: Sequence[int] | None, me: World, start: int,
+    device: torch.device,
+) -> Any:  # fmt: skip
+    """Return this rank's micro-batches from step ``start`` to the end."""
+    kind, length, data = MODALITIES[recipe.modality], recipe.train, recipe.data
+    transform, draw = kind.train_transform(recipe.signal), as_objective(objective).draw()
+    samples = Samples(listing.paths, kind.decode, transform, draw, length.seed, data.timeout, targets)
+    stop = length.total_steps(len(listing))
+    plan = Plan(len(listing), length.batch_size, length.accumulate, me, length.seed, start, stop)
+    return loader(samples, plan, worker_count(data.workers, me), pin=device.type == "cuda")
+
+
+def make_schedule(recipe: Recipe, samples: int) -> WarmupCosine:
+    """Return the learning-rate schedule on ``samples`` files."""
+    optim, batch = recipe.optim, recipe.train.batch_size
+    steps = recipe.train.total_steps(samples)
+    return WarmupCosine(optim.peak_lr(batch), steps, optim.warmup_steps(steps, samples / batch), optim.min_lr)
+
+
+def make_limits(recipe: Recipe, samples: int) -> Limits:
+    """Return when the loop writes, logs and gives up on ``samples`` files."""
+    length, every = recipe.train, recipe.checkpoint
+    return Limits(
+        steps=length.total_steps(samples),
+        accumulate=length.accumulate,
+        batch_size=length.batch_size,
+        log_every=length.log_every,
+        checkpoint_steps=every.every_steps,
+        checkpoint_minutes=every.every_minutes,
+        max_broken=int(recipe.data.max_bad_fraction * samples),
+        seed=length.seed,
+    )
+
+
+class Writer:
+    """Writes what a run leaves behind: metrics, the ledger, checkpoints, the objective and the encoders."""
+
+    def __init__(self, run: Run, recipe: Recipe, listing: Listing, engine: Engine, me: World, council: Council) -> None:
+        self.run, self.recipe, self.listing = run, recipe, listing
+        self.engine, self.me, self.council = engine, me, council
+        self.steps = recipe.train.total_steps(len(listing))
+        self.written, self.began = 0, time.monotonic()
+        self.ledger = Ledger(run.ledger_file if me.is_main else None)
+        names = "\n".join(listing.name(i) for i in range(len(listing)))
+        self.files = hashlib.sha256(names.encode()).hexdigest()
+
+    def hooks(self) -> Hooks:
+        """Return the loop's hooks."""
+        self.status("running")
+        return Hooks(self.checkpoint, self.log, self.broken, self.listing.name)
+
+    def status(self, state: Any, **more: Any) -> None:
+        """Write ``status.json``; ``step`` is that of the last checkpoint."""
+        if self.me.is_main:
+            self.run.status(state, self.written, self.steps, **more)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append a line of metrics."""
+        if self.me.is_main:
+            samples = line["step"] * self.recipe.train.batch_size
+            seconds = round(time.monotonic() - self.began, 3)
+            self.run.log({**line, "samples": samples, "epoch": samples / len(self.listing), "seconds": seconds})
+
+    def broken(self, index: int, reason: str) -> int:
+        """Note a broken file; returns how many there are."""
+        self.ledger.add(self.listing.name(index), reason, index=index)
+        return self.ledger.count
+
+    def checkpoint(self, step: int) -> None:
+        """Write a checkpoint, and from it the objective and the encoder folders. A collective."""
+        facts = {
+            "step": step,
+            "samples": step * self.recipe.train.batch_size,
+            "seed": self.recipe.train.seed,
+            "files": self.files,
+            "world": self.me.size,
+            "threads": torch.get_num_threads(),
+        }
+        path = checkpoint.save(
+            self.run.checkpoints, self.engine, facts, self.me, self.council, self.recipe.checkpoint.keep
+        )
+        self.written = step
+        if self.me.is_main:
+            export(checkpoint.Checkpoint(path), self.run, self.recipe, self.engine.objective)
+            self.run.status("running", step, self.steps)
+
+    def resume(self) -> int:
+        """Load the newest readable checkpoint and return its step; 0 where none was written yet. A collective."""
+        if not checkpoint.checkpoints(self.run.checkpoints):
+            say(f"{self.run.path} has no checkpoint yet: starting from the first step")
+            return 0
+        found, notes = checkpoint.newest(self.run.checkpoints)
+        for note in notes:
+            say(note)
+        if found.facts["files"] != self.files:
+            raise UserError(f"--resume: the files are not those that {found.path} was trained on")
+        if found.step > self.steps:
+            raise UserError(f"--resume: {found.path} is already past the {self.steps} steps asked for")
+        if found.facts["threads"] != torch.get_num_threads():
+            say(f"{torch.get_num_threads()} threads instead of {found.facts['threads']}: the last bits may differ")
+        self.engine.load(found.read, found.step)
+        if self.me.is_main:
+            self.run.rewind(found.step)
+        self.written = found.step
+        say(f"resuming from step {found.step} of {self.steps}")
+        return found.step
+
+
+def export(source: checkpoint.Checkpoint, run: Run, recipe: Recipe, objective: nn.Module) -> None:
+    """Write ``objective/`` and the encoder folders (averaged weights where there are any) from a checkpoint."""
+    whole = run.path / "objective"
+    with replacing_folder(whole) as aside:
+        save_tensors(aside / "model.safetensors", source.weights(averaged=False))
+        write_json(aside / "config.json", recipe.as_dict())
+    weights = source.weights(averaged=True)
+    encoders = as_objective(objective).encoders()
+    names = {id(module): name for name, module in objective.named_modules()}
+    for modality, encoder in encoders.items():
+        prefix = names[id(encoder)] + "."
+        state = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+        encoder.save(run.encoder_folder(modality, len(encoders) == 1), state)
+
+
+def load_objective(path: Path) -> tuple[Recipe, nn.Module]:
+    """Return the recipe and the trained objective of a run folder, on the CPU and in evaluation mode."""
+    run = Run(path)
+    weights = path / "objective" / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{path} is not a run with a trained objective (no {weights.relative_to(path)})")
+    recipe = parse_recipe(read_yaml(run.config_file), str(run.config_file))
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"init_from": None})})
+    objective = build_objective(recipe)
+    objective.load_state_dict(load_file(weights))
+    return recipe, objective.eval()

@@ -1,0 +1,191 @@
+"""Linear probe: L2-regularised multinomial logistic regression on frozen, standardised features."""
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from rich.console import Console
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from mmssl.data.listing import Listing
+from mmssl.errors import UserError
+from tasks.features import ExtractOptions, Extractor, Samples, labelled_features
+from tasks.metrics import Score, classification_scores, score_table, scores_as_dict
+
+GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
+"""Inverse strengths of the regularisation (scikit-learn's C) that are tried, from strong to weak."""
+
+HOLD_OUT = 0.2
+"""Share of the training samples that chooses among them."""
+
+MAX_ITER = 2000
+TOLERANCE = 1e-5
+"""Largest gradient at which a fit has converged. At scikit-learn's 1e-4 a warm start from the last strength can already
+count as converged, and weak regularisation would never be tried."""
+
+Array = np.ndarray[Any, Any]
+
+
+class LogisticProbe:
+    """Logistic regression on features scaled by the mean and deviation of what it is fitted on."""
+
+    def __init__(self, vectors: Tensor, targets: Tensor) -> None:
+        """Take the features [n, d] and the class indices int64 [n] to fit."""
+        # In float32 the line search stalls before the gradient is small; float64 needs fewer steps and less time.
+        inputs = vectors.double().numpy()
+        self._scaler = StandardScaler().fit(inputs)
+        self._inputs, self._targets = self._scaler.transform(inputs), targets.numpy()
+        self.model = LogisticRegression(max_iter=MAX_ITER, tol=TOLERANCE, warm_start=True)
+        self.converged = False
+
+    def fit(self, c: float, start: LogisticRegression | None = None) -> LogisticRegression:
+        """Fit with inverse regularisation ``c``, from where ``start`` or else the last fit ended; return a copy."""
+        if start is not None and np.array_equal(start.classes_, np.unique(self._targets)):
+            self.model = copy.copy(start)
+        self.model.set_params(C=c)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.model.fit(self._inputs, self._targets)
+        self.converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+        return copy.copy(self.model)
+
+    @property
+    def iterations(self) -> int:
+        """How many steps the last fit took."""
+        return int(np.max(self.model.n_iter_))
+
+    def scores(self, vectors: Tensor, num_classes: int) -> Tensor:
+        """Return class scores float64 [n, C]; a class that had no sample to fit is never chosen."""
+        decision = self.model.decision_function(self._scaler.transform(vectors.double().numpy()))
+        if decision.ndim == 1:  # two classes: scikit-learn has one score, for the second
+            decision = np.stack([-decision, decision], axis=1)
+        scores = torch.full((len(vectors), num_classes), -math.inf, dtype=torch.float64)
+        scores[:, torch.from_numpy(self.model.classes_)] = torch.from_numpy(decision)
+        return scores
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the regularisation was chosen on held-out training samples."""
+
+    c: float
+    hold_out: int
+    """Samples held out."""
+    stratified: bool
+    accuracy: dict[float, float]
+    """Held-out accuracy of every strength of the grid."""
+    model: LogisticRegression
+    """The fit with ``c`` on the samples that were not held out."""
+
+
+def choose(vectors: Tensor, targets: Tensor, seed: int = 0) -> Choice:
+    """Choose the regularisation of training features [n, d] with class indices int64 [n] by held-out accuracy.
+
+    A fifth of the samples is held out, as many of each class as its share and at least one; where a class has a single
+    sample, a fifth of all. Of equal accuracies the strongest regularisation is taken. Raises UserError where fewer than
+    two classes are left to fit.
+    """
+    _, counts = np.unique(targets.numpy(), return_counts=True)
+    stratified = bool(counts.min() >= 2)
+    held = math.ceil(HOLD_OUT * len(targets))
+    fit, out = train_test_split(
+        np.arange(len(targets)),
+        test_size=max(held, len(counts)) if stratified else held,
+        stratify=targets.numpy() if stratified else None,
+        random_state=seed,
+    )
+    if len(targets[fit].unique()) < 2:
+        raise UserError(f"{len(targets)} training samples of {len(counts)} classes are too few for a linear probe")
+    probe = LogisticProbe(vectors[fit], targets[fit])
+    accuracy, models = {}, {}
+    for c in GRID:
+        models[c] = probe.fit(c)
+        best = probe.scores(vectors[out], int(targets.max()) + 1).argmax(1)
+        accuracy[c] = float((best == targets[out]).double().mean())
+    c = max(GRID, key=lambda strength: (accuracy[strength], -strength))
+    return Choice(c, len(out), stratified, accuracy, models[c])
+
+
+def fit_probe(vectors: Tensor, targets: Tensor, seed: int = 0) -> tuple[LogisticProbe, Choice]:
+    """Choose the regularisation on part of the training features [n, d], then fit them all with it."""
+    if len(targets) < 3 or len(targets.unique()) < 2:
+        raise UserError("a linear probe needs at least 3 training samples and 2 classes")
+    choice = choose(vectors, targets, seed)
+    probe = LogisticProbe(vectors, targets)
+    probe.fit(choice.c, start=choice.model)
+    return probe, choice
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Scores, and the protocol that led to them."""
+
+    scores: dict[str, Score]
+    choice: Choice
+    seed: int
+    converged: bool
+    iterations: int
+    samples: Samples
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result for JSON; scores are fractions."""
+        protocol = {
+            "solver": "lbfgs",
+            "grid": list(GRID),
+            "hold_out_fraction": HOLD_OUT,
+            "hold_out": self.choice.hold_out,
+            "stratified": self.choice.stratified,
+            "hold_out_accuracy": [self.choice.accuracy[c] for c in GRID],
+            "c": self.choice.c,
+            "seed": self.seed,
+            "converged": self.converged,
+            "iterations": self.iterations,
+        }
+        scores = scores_as_dict(self.scores)
+        return {
+            "task": "linear-probe",
+            "scores": scores,
+            "protocol": protocol,
+            **self.samples.as_dict(),
+            "notes": self.notes,
+        }
+
+    def render(self, console: Console) -> None:
+        """Print one table and what a reader must know."""
+        console.print(score_table("Linear probe", {f"C = {self.choice.c:g}": self.scores}))
+        chosen = f"C chosen from {GRID[0]:g} ... {GRID[-1]:g} on {self.choice.hold_out} held-out training samples"
+        for line in [str(self.samples), chosen, *self.notes]:
+            console.print(line, markup=False, highlight=False)
+
+
+def linear_probe(
+    encoder: Extractor,
+    train: Listing,
+    test: Listing,
+    label_column: str = "label",
+    seed: int = 0,
+    **options: Unpack[ExtractOptions],
+) -> ProbeResult:
+    """Fit a linear classifier on the training files' features and score it on the test files.
+
+    ``seed`` is that of the hold-out and of the intervals. Raises UserError for too few training samples or classes, and
+    as ``labelled_features``.
+    """
+    known, queries, samples = labelled_features(encoder, train, test, label_column, **options)
+    probe, choice = fit_probe(known.vectors, known.targets, seed)
+    scores = classification_scores(probe.scores(queries.vectors, len(samples.classes)), queries.targets, seed)
+    notes = []
+    if not choice.stratified:
+        notes.append("the held-out samples are not stratified: a class has a single training sample")
+    if not probe.converged:
+        notes.append(f"the solver had not converged after {probe.iterations} iterations")
+    return ProbeResult(scores, choice, seed, probe.converged, probe.iterations, samples, notes)

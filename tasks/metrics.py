@@ -1,0 +1,119 @@
+"""Classification scores with bootstrap intervals, and the table that shows them."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+"""Test samples per class and outcome, int64 [..., classes, 3]: outside the best 5, within them, and the very best."""
+
+
+class Score(NamedTuple):
+    """A fraction (0 to 1) with the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Return {"value", "low", "high"} for JSON."""
+        return self._asdict()
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} ({100 * self.low:.1f}-{100 * self.high:.1f})"
+
+
+def classification_scores(
+    scores: Tensor, target: Tensor, seed: int = 0, resamples: int = 1000, confidence: float = 0.95
+) -> dict[str, Score]:
+    """Return "top1", "top5" (only for more than 5 classes) and "mean_per_class" of class scores [n, C] float.
+
+    ``target`` is int64 [n]. Equal scores are ordered by class, so a constant classifier gets no more than the share of
+    the first classes. "mean_per_class" is the mean recall over the classes that the test set (in a resample: that
+    resample) holds. Intervals are percentiles of ``resamples`` bootstrap resamples of the test samples. Raises
+    ValueError for NaN, for shapes that do not fit and for an empty test set.
+    """
+    if scores.ndim != 2 or target.shape != scores.shape[:1] or not len(target):
+        raise ValueError(f"scores [n, C] and target [n] are needed, but got {[*scores.shape]} and {[*target.shape]}")
+    rank = target_rank(scores, target)
+    outcome = ((rank < 5).long() + (rank < 1).long()).numpy()
+    present, row = np.unique(target.cpu().numpy(), return_inverse=True)
+    counts = np.bincount(row * 3 + outcome, minlength=3 * len(present)).reshape(-1, 3)
+    result = _bootstrap(counts, seed, resamples, confidence)
+    if scores.shape[1] <= 5:
+        del result["top5"]
+    return result
+
+
+def accuracy(correct: Tensor, seed: int = 0, resamples: int = 1000, confidence: float = 0.95) -> Score:
+    """Return the share of True in ``correct`` (bool [n]), with the same interval as ``classification_scores``."""
+    if correct.ndim != 1 or not len(correct):
+        raise ValueError(f"correct must be a non-empty vector, but has shape {[*correct.shape]}")
+    hits = int(correct.sum())
+    return _bootstrap(np.array([[len(correct) - hits, 0, hits]]), seed, resamples, confidence)["top1"]
+
+
+def target_rank(scores: Tensor, target: Tensor, chunk: int = 4096) -> Tensor:
+    """Return how many classes score above each sample's own, int64 [n], in scores [n, C]; ties by class order."""
+    order = torch.arange(scores.shape[1], device=scores.device)
+    ranks = []
+    for part, own in zip(scores.split(chunk), target.split(chunk), strict=True):
+        # Every comparison with NaN is false, which would put the sample's own class first.
+        if part.isnan().any():
+            raise ValueError("class scores hold NaN")
+        reached = part.gather(1, own[:, None])
+        before = (part > reached) | ((part == reached) & (order < own[:, None]))
+        ranks.append(before.sum(1))
+    return torch.cat(ranks).cpu()
+
+
+def _bootstrap(counts: Counts, seed: int, resamples: int, confidence: float) -> dict[str, Score]:
+    # All three scores depend on a resample only through the number of samples per (class, outcome), and those numbers
+    # are exactly multinomial: drawing them costs classes instead of samples, 3 C numbers where n would be needed.
+    rng, filled = np.random.default_rng(seed), np.flatnonzero(counts)
+    share = counts.ravel()[filled] / counts.sum()
+    chunk = max(1, 2**21 // counts.size)
+    parts = []
+    for first in range(0, resamples, chunk):
+        drawn = np.zeros((min(chunk, resamples - first), counts.size), dtype=np.int64)
+        drawn[:, filled] = rng.multinomial(counts.sum(), share, size=len(drawn))
+        parts.append(_statistics(drawn.reshape(-1, *counts.shape)))
+    values = _statistics(counts[None])
+    tail = (1 - confidence) / 2
+    bounds = {name: np.quantile(np.concatenate([part[name] for part in parts]), [tail, 1 - tail]) for name in values}
+    return {name: Score(float(value[0]), *map(float, bounds[name])) for name, value in values.items()}
+
+
+def _statistics(counts: Counts) -> dict[str, np.ndarray[Any, Any]]:
+    per_class = counts.sum(-1)
+    total = per_class.sum(-1)
+    recall = counts[..., 2] / np.maximum(per_class, 1)
+    return {
+        "top1": counts[..., 2].sum(-1) / total,
+        "top5": counts[..., 1:].sum((-1, -2)) / total,
+        "mean_per_class": recall.sum(-1) / (per_class > 0).sum(-1),
+    }
+
+
+def scores_as_dict(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:
+    """Return named scores for JSON."""
+    return {name: score.as_dict() for name, score in scores.items()}
+
+
+def score_table(title: str, rows: Mapping[str, Mapping[str, Score]]) -> Table:
+    """Return a table of one row per name and one column per metric, with 95 % intervals."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.caption, table.caption_justify = "95 % bootstrap intervals over test samples", "left"
+    table.add_column("")
+    metrics = list(next(iter(rows.values())))
+    for metric in metrics:
+        table.add_column(metric.replace("_", " "), justify="right", no_wrap=True)
+    for name, scores in rows.items():
+        table.add_row(escape(name), *(str(scores[metric]) for metric in metrics))
+    return table

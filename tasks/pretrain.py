@@ -1,0 +1,199 @@
+"""Pre-training: a recipe and a folder in, a run folder with an encoder out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from mmssl.data.dataset import Key, Samples, collate
+from mmssl.data.listing import Listing, list_files
+from mmssl.distributed import world
+from mmssl.run import Run
+from modalities.encoder import MODALITIES
+from tasks.build import Recipe, as_objective, build_objective, load_recipe, measure_cost, use_bf16
+from tasks.fit import check_batch, connect, fit, load_objective
+from tasks.report import Code, Curve, Facts, Pictures, Section, write_report
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a finished run was; ``run`` can be handed to ``load`` and to every other command."""
+
+    run: Path
+    steps: int
+    files: int
+    broken: int
+    loss: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**self.__dict__, "run": str(self.run)}
+
+    def render(self, console: Console) -> None:
+        """Print a sentence."""
+        skipped = f", {self.broken} broken files skipped (see ledger.jsonl)" if self.broken else ""
+        console.print(
+            f"{self.steps} steps on {self.files} files in {self.seconds:.0f} s, last loss {self.loss:.4f}{skipped}\n"
+            f"encoder and report in {self.run}",
+            soft_wrap=True,
+        )
+
+
+def training_files(recipe: Recipe, data: str | Path, split: str | None) -> Listing:
+    """Return the files to pre-train on: those of ``split``, or of the split ``train`` where the data has splits."""
+    kind = MODALITIES[recipe.modality]
+    return list_files(data, kind.suffixes, kind.name, split=split, default_split="train")
+
+
+def pretrain(
+    recipe: str | Path | Recipe,
+    data: str | Path,
+    out: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    split: str | None = None,
+    resume: bool = False,
+    deepspeed_config: str | None = None,
+) -> PretrainResult:
+    """Pre-train ``recipe`` (a shipped name, a YAML path or a Recipe) on ``data`` into the run folder ``out``.
+
+    ``overrides`` maps dotted keys to values. Raises UserError for a mistake, UnusableData for too many broken files.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    listing, run = training_files(recipe, data, split), Run(out)
+    fit(recipe, listing, run, resume=resume, deepspeed_config=deepspeed_config)
+    metrics = run.metrics()
+    result = PretrainResult(
+        run=run.path,
+        steps=recipe.train.total_steps(len(listing)),
+        files=len(listing),
+        broken=len(run.ledger_file.read_text().splitlines()) if run.ledger_file.exists() else 0,
+        loss=metrics[-1]["loss"],
+        seconds=metrics[-1]["seconds"],
+    )
+    if world().is_main:
+        write_report(run.report_file, run.path.name, f"{recipe.objective.name} on {len(listing)} files",
+                     run_sections(run, listing))  # fmt: skip
+    return result
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would be and cost."""
+
+    recipe: Recipe
+    files: int | None
+    facts: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"recipe": self.recipe.as_dict(), "files": self.files, **self.facts}
+
+    def render(self, console: Console) -> None:
+        """Print the resolved recipe and a table of costs."""
+        console.print(self.recipe.as_yaml(), markup=False, highlight=False, soft_wrap=True)
+        table = RichTable(show_header=False, box=None, pad_edge=False)
+        for name, value in self.facts.items():
+            text = (
+                f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+            )
+            table.add_row(name.replace("_", " "), text)
+        console.print(table)
+
+
+def dry_run(recipe: Recipe, data: str | Path | None, split: str | None = None) -> DryRun:
+    """Resolve a recipe and say what it would cost, without training; ``data`` may be left out."""
+    listing = training_files(recipe, data, split) if data is not None else None
+    me = world()
+    check_batch(recipe, me)
+    objective = build_objective(recipe)
+    cost = measure_cost(recipe, objective)
+    encoder = next(iter(as_objective(objective).encoders().values()))
+    draw = as_objective(objective).draw()
+    total = int(np.prod(encoder.tokenizer.grid))
+    seen = len(draw(np.random.default_rng(0)).get("keep", range(total))) if draw else total
+    micro = recipe.train.batch_size // (recipe.train.accumulate * me.size)
+    device = connect(me, None)
+    facts: dict[str, Any] = {
+        "parameters": cost.parameters,
+        "encoder_parameters": sum(p.numel() for p in encoder.parameters()),  # type: ignore[attr-defined]
+        "gflop_per_sample_forward": cost.gflop_forward,
+        "gflop_per_sample_training": cost.gflop_train,
+        "tokens_seen": f"{seen} of {total}",
+        "micro_batch": micro,
+        "estimated_memory_gb": cost.memory_bytes(micro, recipe.train.ema is not None) / 1e9,
+        "device": device.type,
+        "precision": "bf16" if use_bf16(recipe, device) else "fp32",
+    }
+    if listing is not None:
+        steps = recipe.train.total_steps(len(listing))
+        facts |= {"steps": steps, "epochs": steps * recipe.train.batch_size / len(listing)}
+    return DryRun(recipe, None if listing is None else len(listing), facts)
+
+
+def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Section]:
+    """Return the report's sections for a run: loss curve, reconstructions of files in ``shown``, cost, recipe."""
+    recipe, objective = load_objective(run.path)
+    metrics = run.metrics()
+    steps = [record["step"] for record in metrics]
+    sections: list[Section] = [
+        Curve("Loss", "step", "loss", {"training": (steps, [record["loss"] for record in metrics])})
+    ]
+    if hasattr(objective, "reconstruct"):
+        sections.append(reconstructions(recipe, objective, shown, held_out))
+    cost = measure_cost(recipe, objective)
+    rates = [record["samples_per_s"] for record in metrics]
+    waits = [record["wait"] for record in metrics]
+    facts = {
+        "Training time": f"{metrics[-1]['seconds']:.0f} s",
+        "Speed": f"{np.median(rates):,.0f} samples/s",
+        "Waiting for data": f"{100 * float(np.mean(waits)):.0f} %",
+        "Parameters": f"{cost.parameters:,}",
+        "Forward pass": f"{cost.gflop_forward:.3g} GFLOP per sample",
+        "Samples seen": f"{metrics[-1]['samples']:,}",
+    }
+    return [*sections, Facts("Cost", facts), Code("Recipe", recipe.as_yaml())]
+
+
+def reconstructions(
+    recipe: Recipe, objective: torch.nn.Module, shown: Listing, held_out: bool, most: int = 8
+) -> Pictures:
+    """Return (input, masked, reconstruction) triplets of the first readable files of ``shown``, spread evenly."""
+    kind = MODALITIES[recipe.modality]
+    transform = kind.eval_transform(recipe.signal)
+    picks = np.linspace(0, len(shown) - 1, min(most, len(shown))).astype(int).tolist()
+    samples = Samples(
+        [shown.paths[i] for i in picks], kind.decode, lambda decoded, _rng: transform(decoded),
+        as_objective(objective).draw(), recipe.train.seed, recipe.data.timeout,
+    )  # fmt: skip
+    batch, _ = collate([samples[Key(0, i)] for i in range(len(picks))])
+    filled, hidden = objective.reconstruct(batch)  # type: ignore[operator]
+    grey = torch.zeros_like(filled)
+    rows = []
+    for signal, prediction, mask in zip(batch["signal"], filled, hidden, strict=True):
+        panels = (signal, torch.where(mask > 0, grey[0], signal), prediction)
+        rows.append([kind.picture(panel, recipe.signal) for panel in panels])
+    which = "Pictures that were not trained on" if held_out else "Pictures that were trained on"
+    note = f"{which}; {recipe.objective.name} saw only what the middle column shows."
+    if getattr(recipe.model.tokenizer, "target", None) == "normalized":
+        note += (
+            " Predictions are of normalised patches: the brightness and contrast of each hidden patch are those of the "
+            "true one, only its content is predicted."
+        )
+    return Pictures("Reconstructions", note, ["input", "masked", "reconstruction"], rows)
+
+
+if __name__ == "__main__":
+    # Run as a script by the launcher: the application is imported under its own name, or its classes would exist twice.
+    import sys
+
+    from tasks.cli import main
+
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

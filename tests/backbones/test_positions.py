@@ -1,0 +1,87 @@
+"""Positions: the sine-cosine table against MAE's and against its definition, learned tables on other grids."""
+
+import math
+
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+from transformers import ViTMAEConfig, ViTMAEModel
+
+from mmssl.backbones.positions import Positions, sincos
+
+
+def test_square_table_is_that_of_transformers_vit_mae():
+    """``build_2d_sinusoidal_position_embedding`` in transformers 5, ``get_2d_sincos_pos_embed`` in 4."""
+    config = ViTMAEConfig(image_size=20, patch_size=4, hidden_size=48, num_hidden_layers=1, num_attention_heads=2)
+    theirs = ViTMAEModel(config).embeddings
+    # transformers 5.23 takes a fresh model for a loaded one here and leaves the table at zero: fill it.
+    theirs.patch_embeddings.projection._is_hf_initialized = False
+    theirs.initialize_weights()
+    torch.testing.assert_close(sincos((5, 5), 48), theirs.position_embeddings[0, 1:], rtol=0, atol=1e-6)
+
+
+def test_wide_table_follows_the_definition():
+    table = sincos((2, 3), 8)
+    for n in range(6):
+        row, column = divmod(n, 3)
+        for offset, place in ((0, column), (4, row)):
+            for i in range(2):
+                angle = place / 10000 ** (2 * i / 4)
+                assert table[n, offset + i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+                assert table[n, offset + 2 + i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(7,), (3, 4), (4, 3), (2, 3, 4), (4, 3, 2)])
+def test_each_axis_has_its_own_channels_and_rows_are_distinct(grid):
+    share = 8
+    table = sincos(grid, share * len(grid))
+    assert len(torch.unique(table, dim=0)) == len(table) == math.prod(grid)
+    lattice = table.view(*grid, len(grid), share)
+    for axis, length in enumerate(grid):
+        channels = lattice[..., len(grid) - 1 - axis, :]  # the last axis comes first
+        alone = sincos((length,), share).view(*(length if a == axis else 1 for a in range(len(grid))), share)
+        assert torch.equal(channels, alone.expand_as(channels))
+
+
+def test_channels_that_do_not_divide_stay_zero_and_too_few_are_refused():
+    table = sincos((2, 3, 4), 32)
+    assert torch.equal(table[:, 30:], torch.zeros(24, 2))
+    assert (table[:, :30].abs().sum(0) > 0).all()
+    with pytest.raises(ValueError, match="too few"):
+        sincos((2, 3, 4), 5)
+
+
+def test_sincos_is_no_parameter_and_not_stored_and_computed_for_any_grid():
+    positions = Positions((2, 3), 8)
+    assert not list(positions.parameters())
+    assert not positions.state_dict()
+    assert torch.equal(positions((4, 5)), sincos((4, 5), 8))
+    with torch.no_grad():
+        positions().zero_()
+    assert sincos((2, 3), 8).any(), "the cached table was handed out for writing"
+
+
+@pytest.mark.parametrize(("grid", "other"), [((6,), (9,)), ((4, 3), (6, 8)), ((2, 3, 4), (4, 3, 2))])
+def test_learned_tables_resize(grid, other):
+    positions = Positions(grid, 8, "learned")
+    assert positions() is positions.table
+    assert positions(grid) is positions.table
+    assert positions(list(grid)) is positions.table
+    resized = positions(other)
+    assert resized.shape == (math.prod(other), 8)
+    resized.sum().backward()
+    assert positions.table.grad is not None
+    with torch.no_grad():  # what varies along the first axis alone still does
+        rows = torch.randn(grid[0], 1, 8)
+        positions.table.copy_(rows.expand(-1, math.prod(grid[1:]), -1).reshape(-1, 8))
+        new = positions(other).reshape(other[0], -1, 8)
+    torch.testing.assert_close(new, new[:, :1].expand_as(new))
+    assert (new[0] - new[-1]).abs().min() > 0
+    with pytest.raises(ValueError, match="cannot serve"):
+        positions((2,) * (len(grid) + 1))
+
+
+def test_learned_resize_is_timms():
+    positions = Positions((4, 3), 8, "learned")
+    theirs = resample_abs_pos_embed(positions.table[None], [6, 8], [4, 3], num_prefix_tokens=0)
+    torch.testing.assert_close(positions((6, 8)), theirs[0])

@@ -1,0 +1,255 @@
+"""The DeepSpeed engine at ZeRO 0, 1, 2 and 3 on 2 gloo ranks equals the torch engine with the whole batch: losses,
+gradient norms, every parameter, moment, average and buffer, and also across a checkpoint in either direction.
+
+Experiments with planted bugs (all failed these tests): see the end of the file.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed_ranks import (
+    ACCUMULATE,
+    BATCH,
+    BF16_PACE,
+    CLIP,
+    EMA_DECAY,
+    MIDDLE,
+    STAGES,
+    STEPS,
+    make_objective,
+    make_optimizer,
+    run_steps,
+    snapshot,
+    split,
+    whole_batch,
+)
+from safetensors.torch import load_file, save_file
+
+from mmssl.engine.deepspeed_setup import merge, stale_locks, system_config
+from mmssl.engine.torch_engine import TorchEngine
+from mmssl.errors import UserError
+
+TIMEOUT = 200
+TRAINED = ["zero0", "zero1", "zero2", "zero3", "zero3-cut"]
+RESUMED = ["resume0", "resume2", "resume3", "resume2-used", "resume3-used", "resume3-offload"]
+
+
+def torch_engine(bf16=False):
+    objective = make_objective()
+    return TorchEngine(objective, make_optimizer(objective), torch.device("cpu"), bf16, CLIP, EMA_DECAY)
+
+
+def micros(step):
+    return split(whole_batch(step), ACCUMULATE)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Loss and norm series, and the states in the middle and at the end, of one process with the whole batch."""
+    torch.set_num_threads(1)
+    engine = torch_engine()
+    series = run_steps(engine, range(MIDDLE), micros)
+    middle = snapshot(engine)
+    series += run_steps(engine, range(MIDDLE, STEPS), micros)
+    return {"series": torch.tensor(series), "middle": middle, "end": snapshot(engine)}
+
+
+def run_ranks(folder, size, middle):
+    """Run ``deepspeed_ranks.py`` on ``size`` ranks; kills them all and fails when one fails or hangs."""
+    save_file({name: tensor.contiguous() for name, tensor in middle.items()}, folder / "torch-middle.safetensors")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("deepspeed_ranks.py")
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = []
+    try:
+        for rank in range(size):
+            where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)} if size > 1 else {}
+            env = os.environ | (launched if size > 1 else {}) | where
+            env |= {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "DS_ACCELERATOR": "cpu"}
+            with (folder / f"log{rank}").open("w") as log:
+                ranks.append(
+                    subprocess.Popen([sys.executable, script, folder], env=env, stdout=log, stderr=subprocess.STDOUT)
+                )
+        codes = [rank.wait(timeout=TIMEOUT) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        codes = ["hung"]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    logs = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(size))
+    assert set(codes) == {0}, f"exit codes {codes}\n{logs}"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, reference):
+    return run_ranks(tmp_path_factory.mktemp("two"), 2, reference["middle"])
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, reference):
+    return run_ranks(tmp_path_factory.mktemp("one"), 1, reference["middle"])
+
+
+def check(folder, case, reference, moment="end", first=0):
+    report = json.loads((folder / f"{case}-{moment}.json").read_text())
+    steps = STEPS if moment == "end" else MIDDLE
+    series = torch.tensor(report["series"])
+    torch.testing.assert_close(series, reference["series"][first:steps], rtol=0, atol=1e-5)
+    assert report["counts"] == [steps, steps * ACCUMULATE]
+    assert_states_close(load_file(folder / f"{case}-{moment}.safetensors"), reference[moment])
+
+
+def assert_states_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_the_reference_clips_and_moves(reference):
+    norms = reference["series"][:, 1]
+    assert (norms > CLIP).all()
+    start = dict(make_objective().named_parameters())
+    moved = [n for n, p in start.items() if (reference["end"][f"param/{n}"] - p).abs().max() > 1e-3]
+    assert set(start) - set(moved) == {"encoder.cls_token"}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("moment", ["middle", "end"])
+@pytest.mark.parametrize("case", TRAINED)
+def test_two_ranks_equal_one_process(two_ranks, reference, case, moment):
+    check(two_ranks, case, reference, moment)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", RESUMED)
+def test_two_ranks_go_on_from_the_torch_engine(two_ranks, reference, case):
+    check(two_ranks, case, reference, first=MIDDLE)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["zero2", "zero3", "zero3-cut"])
+def test_the_torch_engine_goes_on_from_two_ranks(two_ranks, reference, case):
+    engine = torch_engine()
+    engine.load(load_file(two_ranks / f"{case}-middle.safetensors").__getitem__, MIDDLE)
+    series = torch.tensor(run_steps(engine, range(MIDDLE, STEPS), micros))
+    torch.testing.assert_close(series, reference["series"][MIDDLE:], rtol=0, atol=1e-5)
+    assert_states_close(snapshot(engine), reference["end"])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 2])
+def test_one_rank_without_a_launcher_equals_the_torch_engine(one_rank, reference, stage):
+    check(one_rank, f"zero{stage}", reference)
+    check(one_rank, f"resume{stage}", reference, first=MIDDLE)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["zero2-bf16", "zero3-bf16"])
+def test_bf16_keeps_fp32_parameters_and_the_losses(two_ranks, bf16_losses, case):
+    report = json.loads((two_ranks / f"{case}-end.json").read_text())
+    assert report["dtypes"] == ["torch.float32"]
+    losses = torch.tensor(report["series"])[:, 0]
+    torch.testing.assert_close(losses, bf16_losses, rtol=0, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def bf16_losses():
+    losses, exact = (
+        torch.tensor(run_steps(torch_engine(bf16), range(STEPS), micros, BF16_PACE))[:, 0] for bf16 in (True, False)
+    )
+    assert (losses - exact).abs().max() > 1e-4  # it does compute in bf16
+    return losses
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_bad_loss_on_one_rank_stops_all_and_names_its_samples(two_ranks, stage):
+    said = json.loads((two_ranks / f"bad{stage}.json").read_text())
+    first = BATCH // 2 + BATCH // 4  # the second micro-batch of the second rank
+    assert said[0] == said[1]
+    tensor, samples = said[0]
+    assert tensor.startswith("the output of ")
+    assert samples == list(range(first, first + BATCH // 4))
+
+
+def test_shipped_configurations_hold_systems_settings_only():
+    for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload"):
+        system = system_config(name)
+        assert set(system) <= {"zero_optimization", "zero_force_ds_cpu_optimizer"}
+        assert str(system["zero_optimization"]["stage"]) == name[4]
+        merged = merge(system, 4, 2, 1.0, True)
+        assert merged["train_batch_size"] == 8
+        assert merged["gradient_clipping"] == 1.0
+        assert merged["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["ds.json", "neither"]),
+        ("{\n  'a': 1\n}", ["ds.json", "line 2"]),
+        ("[1]", ["ds.json", "list"]),
+    ],
+)
+def test_unreadable_configurations_are_one_sentence(tmp_path, text, words):
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as error:
+        system_config(str(path))
+    assert all(word in str(error.value) for word in words)
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'zero2'"):
+        system_config("zeor2")
+
+
+@pytest.mark.parametrize(
+    ("system", "words"),
+    [
+        ({"optimizer": {"type": "Adam"}}, ["optimizer", "optim"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optim.warmup"]),
+        ({"bf16": {"enabled": True}}, ["bf16", "train.precision"]),
+        ({"torch_autocast": {"enabled": True}}, ["torch_autocast.enabled", "train.precision"]),
+        ({"train_batch_size": 16}, ["train_batch_size", "train.batch_size", "16", "8"]),
+        ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps", "train.accumulate"]),
+        ({"gradient_clipping": 1.0}, ["gradient_clipping", "optim.clip"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["nvme"]),
+    ],
+)
+def test_what_the_recipe_decides_names_both_places(system, words):
+    with pytest.raises(UserError) as error:
+        merge(system, 4, 2, where="ds.json")
+    assert all(word in str(error.value) for word in ["ds.json", *words])
+
+
+def test_auto_and_equal_values_are_filled_in():
+    system = {"train_batch_size": "auto", "gradient_clipping": 1.0, "bf16": {"enabled": "auto"}, "optimizer": "auto"}
+    merged = merge(system, 4, 2, 1.0)
+    assert (merged["train_batch_size"], merged["gradient_clipping"]) == (8, 1.0)
+    assert "bf16" not in merged
+    assert "optimizer" not in merged
+
+
+def test_only_locks_without_an_owner_are_stale(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name in ("left", "held"):
+        (tmp_path / "py311_cpu" / name).mkdir(parents=True)
+        (tmp_path / "py311_cpu" / name / "lock").touch()
+    with (tmp_path / "py311_cpu" / "held" / "lock").open():
+        assert stale_locks() == [tmp_path / "py311_cpu" / "left" / "lock"]

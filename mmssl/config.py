@@ -180,7 +180,7 @@ def override(data: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[st
             if not isinstance(node.setdefault(section, {}), dict):
                 raise UserError(f"{key}: '{'.'.join(sections[: depth + 1])}' is a value, not a section")
             node = node[section]
-        node[leaf] = value
+        node[leaf] = _copy(value)
         if key in ("train.steps", "train.epochs") and value is not None:
             other = "epochs" if leaf == "steps" else "steps"
             if f"train.{other}" not in assignments:

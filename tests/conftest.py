@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor
@@ -88,3 +89,41 @@ def mae_step() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+TINY = {
+    "signal.size": [16, 16],
+    "model.tokenizer.patch_size": [4, 4],
+    "model.backbone": {"dim": 16, "depth": 2, "num_heads": 2, "drop_path": 0.2},
+    "objective.decoder": {"dim": 16, "depth": 1, "num_heads": 2},
+    "train.batch_size": 8,
+    "train.steps": 12,
+    "train.log_every": 1,
+    "train.ema": 0.9,
+    "data.workers": 0,
+    "optim.clip": 1.0,
+}
+"""Overrides of image-mae-tiny that leave a model of a few thousand weights, with everything stochastic switched on."""
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> dict[str, Any]:
+    """Overrides of a recipe for runs of a second."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 30 smooth colour pictures, 20 x 24 pixels, in two classes by their dominant direction."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:20, :24] / 20
+    for i in range(30):
+        kind = ("across", "along")[i % 2]
+        wave = np.sin(2 * np.pi * ((rows if i % 2 else columns) * rng.uniform(1, 2) + rng.uniform()))
+        colour = rng.uniform(0.3, 1, 3)
+        pixels = (127.5 * (1 + wave[..., None] * colour)).clip(0, 255).astype(np.uint8)
+        part = folder / ("test" if i >= 22 else "train") / kind
+        part.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(pixels).save(part / f"{i:02d}.png")
+    return folder

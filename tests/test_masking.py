@@ -14,6 +14,7 @@ from mmssl.masking import MASKS, RandomMask, gather, kept_tokens
     [
         (196, 0.75, 49),
         (10, 0.9, 1),
+        (20, 0.9, 2),
         (10, 0.99, 1),
         (10, 0.01, 9),
         (2, 0.5, 1),

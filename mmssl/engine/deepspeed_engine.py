@@ -89,6 +89,7 @@ class DeepSpeedEngine:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters, moments, averages and buffers; see ``Engine.state``."""
+        self.guard.settle()
         averages = self.ema.averages if self.ema is not None else [None] * len(self.names)
         stepped = self.engine.global_steps > 0
         if stepped:

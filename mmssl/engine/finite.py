@@ -52,25 +52,20 @@ def first_bad(objective: nn.Module, batch: Batch) -> str:
     def bad(value: Any) -> bool:
         return isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all())
 
-    for name, value in batch.items():
-        if bad(value):
-            return f"the batch's '{name}'"
-    for name, parameter in objective.named_parameters():
-        if bad(parameter):
-            return f"the weight {name}"
-    found: list[str] = []
+    found = [f"the batch's '{name}'" for name, value in batch.items() if bad(value)]
+    found += [f"the weight {name}" for name, parameter in objective.named_parameters() if bad(parameter)]
 
     def look(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if any(bad(value) for value in (output if isinstance(output, tuple) else (output,))):
-                found.append(name)
+                found.append(f"the output of {name}")
 
         return hook
 
     hooks = [module.register_forward_hook(look(name)) for name, module in objective.named_modules() if name]
     try:
-        objective(batch)
+        objective(batch)  # always: where weights are spread over ranks, it takes all of them
     finally:
         for hook in hooks:
             hook.remove()
-    return f"the output of {found[0]}" if found else "the loss itself"
+    return found[0] if found else "the loss itself"

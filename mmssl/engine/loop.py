@@ -91,7 +91,7 @@ def train(
     batches, meter = iter(loaded), Meter()
     after_step = getattr(engine.objective, "after_step", None)
     written, clock, broken = start, time.monotonic(), 0
-    with stop_signals() as stop, Progressbar(limits.steps, start, world.is_main) as bar, sentences(limits, hooks):
+    with stop_signals() as stop, Progressbar(limits.steps, start, world.is_main) as bar, sentences(bar, limits, hooks):
         for step in range(start, limits.steps):
             began = time.monotonic()
             micros, fresh = read(batches, limits.accumulate, engine.device, hooks)
@@ -180,14 +180,14 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def sentences(limits: Limits, hooks: Hooks) -> Iterator[None]:
+def sentences(bar: Progressbar, limits: Limits, hooks: Hooks) -> Iterator[None]:
     """Turn what can go wrong inside a step into sentences."""
     try:
         yield
     except NonFiniteSamples as error:
         names = ", ".join(hooks.name(index) for index in error.samples[:8])
         more = f" and {len(error.samples) - 8} more" if len(error.samples) > 8 else ""
-        raise NonFiniteLoss(f"{error}; samples: {names}{more}") from None
+        raise NonFiniteLoss(f"at step {bar.step + 1} {error}; its samples: {names}{more}") from None
     except (RuntimeError, MemoryError) as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
         if not out_of_memory:

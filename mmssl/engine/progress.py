@@ -16,7 +16,7 @@ class Progressbar:
 
     def __init__(self, steps: int, start: int, visible: bool = True) -> None:
         self.console = Console(file=sys.stderr, highlight=False)
-        self.steps, self.visible = steps, visible
+        self.steps, self.step, self.visible = steps, start, visible
         self.live = visible and self.console.is_terminal
         self._start, self._began = start, time.monotonic()
         self._spoke = -float("inf")
@@ -40,6 +40,7 @@ class Progressbar:
 
     def advance(self, step: int, text: str | None) -> None:
         """Move to ``step``; ``text`` is the news, if there is any."""
+        self.step = step
         if self._task is not None:
             self._bar.update(self._task, completed=step)
         if text is None or not self.visible:

@@ -56,6 +56,7 @@ class TorchEngine:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters, moments, averages and buffers; see ``Engine.state``."""
+        self.guard.settle()
         averages = self.ema.averages if self.ema is not None else [None] * len(self.names)
         for (parameter, name), average in zip(self.names.items(), averages, strict=True):
             yield f"param/{name}", parameter.data
@@ -69,7 +70,6 @@ class TorchEngine:
     @torch.no_grad()
     def load(self, read: Callable[[str], Tensor], step: int) -> None:
         """Restore what ``state`` yielded after ``step`` optimiser steps."""
-        self.guard.settle()
         for index, (parameter, name) in enumerate(self.names.items()):
             parameter.copy_(read(f"param/{name}"))
             if step > 0 and parameter.requires_grad:
@@ -83,8 +83,7 @@ class TorchEngine:
             buffer.copy_(read(f"buffer/{name}"))
 
     def close(self) -> None:
-        """Check the last loss; nothing else is held."""
-        self.guard.settle()
+        """Nothing is held."""
 
 
 def mean_result(steps: list[Step], grad_norm: Tensor | None) -> StepResult:

@@ -66,8 +66,8 @@ class MaskedDecoder(nn.Module):
         x = self.embed(latent)
         prefix, visible = x.split([x.shape[1] - keep.shape[1], keep.shape[1]], dim=1)
         masked = self.mask_token + gather(positions, drop)
-        # The cat's dtypes must agree under autocast, where linear layers return bf16 and tables stay fp32.
-        x = torch.cat([prefix, visible + gather(positions, keep).to(x.dtype), masked.to(x.dtype)], dim=1)
+        # Tables are fp32, so the residual stream is too, also where autocast makes the products bf16.
+        x = torch.cat([prefix.to(masked.dtype), visible + gather(positions, keep), masked], dim=1)
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, queries=drop.shape[1])

@@ -25,7 +25,7 @@ from mmssl.masking import RandomMask
 from mmssl.objectives.mae import MAEConfig
 from modalities.encoder import Encoder, EncoderConfig, typed
 
-STEPS, MIDDLE, BATCH, ACCUMULATE, CLIP, EMA_DECAY = 8, 4, 8, 2, 0.5, 0.9
+STEPS, MIDDLE, BATCH, ACCUMULATE, CLIP, EMA_DECAY = 6, 3, 8, 2, 0.5, 0.9
 STAGES = (0, 1, 2, 3)
 BF16_PACE = 0.1
 """Factor on the learning rate in bf16: its rounding differs with the batch, and Adam blows up what should be zero."""
@@ -176,8 +176,9 @@ def main(folder: Path) -> None:
         # By default stage 3 keeps tensors as small as ours gathered; now it cuts every one of them.
         cut = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 2_000}
         ranks.train("zero3-cut", 3, **cut)
+        ranks.resume("resume3-cut", 3, **cut)
         ranks.resume("resume2-used", 2, used=True)
-        ranks.resume("resume3-used", 3, used=True, **cut)
+        ranks.resume("resume3-used", 3, used=True)
         ranks.resume("resume3-offload", 3, offload_optimizer={"device": "cpu"})
         ranks.train_bf16("zero2-bf16", 2)
         ranks.train_bf16("zero3-bf16", 3)

@@ -130,6 +130,15 @@ def test_the_loss_is_the_mean_over_samples_whatever_their_order_or_company(tiny_
     batch = draw_batch(mae, torch.randn(6, 3, 16, 16))
     alone = torch.stack([mae({name: value[i : i + 1] for name, value in batch.items()}).loss for i in range(6)])
     torch.testing.assert_close(mae(batch).loss, alone.mean())
+    assert mae({**batch, "seed": batch["seed"] + 6}).loss != mae(batch).loss
+
+
+def test_patch_mse_is_one_fp32_number_per_sample():
+    prediction, target = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16)
+    losses = patch_mse(prediction, target)
+    assert losses.dtype == torch.float32
+    expected = [(prediction[i].float() - target[i].float()).pow(2).sum() / 20 for i in range(3)]
+    torch.testing.assert_close(losses, torch.stack(expected))
 
 
 def test_checkpointing_gives_the_same_loss_and_gradients_to_the_bit(tiny_mae, draw_batch):

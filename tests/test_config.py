@@ -1,0 +1,121 @@
+"""Recipes, overrides and what is said about mistakes in them."""
+
+import pytest
+import yaml
+
+from mmssl.config import OptimConfig, TrainConfig, override, parse_assignments, read_yaml
+from mmssl.engine.schedule import WarmupCosine
+from mmssl.errors import UserError
+from tasks.build import build_objective, load_recipe, parse_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", sorted(recipe_names()))
+def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name):
+    recipe = load_recipe(name)
+    assert parse_recipe(yaml.safe_load(recipe.as_yaml()), name).as_dict() == recipe.as_dict()
+    head = recipe_names()[name].read_text().splitlines()[0]
+    assert head.startswith("# ")
+
+
+def test_the_papers_settings_are_in_the_recipe():
+    recipe = load_recipe("image-mae-b16")
+    assert (recipe.model.backbone.dim, recipe.model.backbone.depth, recipe.model.backbone.num_heads) == (768, 12, 12)
+    assert recipe.objective.model_dump()["mask_ratio"] == 0.75
+    assert recipe.objective.model_dump()["decoder"] == {"dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0}
+    assert recipe.optim.betas == (0.9, 0.95)
+    assert recipe.optim.weight_decay == 0.05
+    assert recipe.optim.peak_lr(4096) == pytest.approx(2.4e-3)
+    assert recipe.optim.warmup_steps(100_000, 312.8) == round(40 * 312.8)
+    assert recipe.signal.model_dump()["crop_scale"] == (0.2, 1.0)
+    assert recipe.model.model_dump()["tokenizer"]["target"] == "normalized"
+
+
+def test_steps_and_epochs_clear_each_other():
+    assert load_recipe("image-mae-tiny", {"train.steps": 7}).train.epochs is None
+    assert load_recipe("image-mae-tiny", {"train.epochs": 7}).train.steps is None
+    with pytest.raises(UserError, match="exactly one of steps and epochs"):
+        load_recipe("image-mae-tiny", {"train.epochs": 7, "train.steps": 7})
+
+
+def test_override_touches_nothing_it_was_given():
+    base, value = {"a": {"b": 1}}, {"c": 2}
+    result = override(base, {"a.x": value, "a.x.c": 3})
+    assert result == {"a": {"b": 1, "x": {"c": 3}}}
+    assert (base, value) == ({"a": {"b": 1}}, {"c": 2})
+
+
+def test_assignments_are_yaml_values():
+    parsed = parse_assignments(["a=1", "b.c=[1, 2]", "d=true", "e=1e-4", "f=x=y", "g="])
+    assert parsed == {"a": 1, "b.c": [1, 2], "d": True, "e": "1e-4", "f": "x=y", "g": None}
+    assert load_recipe("image-mae-tiny", parse_assignments(["optim.lr=1e-4"])).optim.lr == 1e-4
+
+
+MISTAKES = {
+    "train.stepz=1": "'train.stepz' is not a key; did you mean 'steps'?",
+    "optim.lrr=1": "'optim.lrr' is not a key; did you mean 'lr'?",
+    "modell.x=1": "'modell' is not a key; did you mean 'model'?",
+    "model.backbone.heads=1": "did you mean 'num_heads'?",
+    "model.tokenizer.patchsize=1": "did you mean 'patch_size'?",
+    "objective.maskratio=1": "did you mean 'mask_ratio'?",
+    "objective.name=mea": "'mea' is not an objective; did you mean 'mae'?",
+    "modality=imge": "'imge' is not a modality; did you mean 'image'?",
+    "train.precision=bf61": "'bf61' is not valid; did you mean 'bf16'?",
+    "train.engine=deepsped": "did you mean 'deepspeed'?",
+    "train.batch_size=many": "train.batch_size: .*integer.*'many'",
+    "train.batch_size=-1": "train.batch_size: .*greater than 0.*-1",
+    "objective.mask_ratio=1.5": "objective.mask_ratio: .*less than 1.*1.5",
+    "model.backbone.num_heads=5": "dim 128 does not divide into num_heads 5",
+    "signal.size=[30,30]": r"size \[30, 30\] is not a multiple of patch size \[8, 8\]",
+    "optim.warmup=40epochs": '"40ep"',
+    "optim.warmup=3": "fraction of the run",
+    "train.seed.x=1": "'train.seed' is a value, not a section",
+    "train.accumulate=3": "batch_size 256 does not divide by accumulate 3",
+    "data.workers=two": "data.workers",
+    "train.steps": "not an override: write key.sub=value",
+    "9=1": "not an override",
+    "a=[": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("word", MISTAKES)
+def test_a_mistake_is_one_sentence_that_names_it(word):
+    with pytest.raises(UserError, match=MISTAKES[word]) as caught:
+        build_objective(load_recipe("image-mae-tiny", {"train.seed": 0, **parse_assignments([word])}))
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_recipe_file_that_is_none_is_a_sentence(tmp_path):
+    (tmp_path / "a.yaml").write_text("modality: [image")
+    with pytest.raises(UserError, match=r"a\.yaml, line 1: not valid YAML"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="holds a list"):
+        read_yaml(tmp_path / "b.yaml")
+    with pytest.raises(UserError, match=r"no such recipe file; did you mean 'a\.yaml'"):
+        load_recipe(tmp_path / "aa.yaml")
+
+
+def test_warmup_forms():
+    assert OptimConfig(warmup="10st").warmup_steps(100, 9) == 10
+    assert OptimConfig(warmup="2ep").warmup_steps(100, 9) == 18
+    assert OptimConfig(warmup=0.1).warmup_steps(100, 9) == 10
+    assert OptimConfig(warmup="0.1").warmup_steps(100, 9) == 10
+    assert OptimConfig(warmup="40ep").warmup_steps(100, 9) == 100
+    assert OptimConfig(lr=0.5).peak_lr(1024) == 0.5
+
+
+def test_length_of_a_run():
+    assert TrainConfig(epochs=2.5, batch_size=10).total_steps(100) == 25
+    assert TrainConfig(epochs=1, batch_size=256).total_steps(10) == 1
+    assert TrainConfig(steps=3).total_steps(10**6) == 3
+
+
+def test_the_schedule_warms_up_and_ends_at_the_floor():
+    schedule = WarmupCosine(peak=1.0, steps=110, warmup=10, floor=0.1)
+    assert schedule(0) == 0.1
+    assert schedule(9) == schedule(10) == 1.0
+    assert schedule(60) == pytest.approx(0.55)
+    assert schedule(110) == pytest.approx(0.1)
+    assert all(schedule(step) > schedule(step + 1) for step in range(10, 109))
+    assert WarmupCosine(1.0, 5, warmup=5)(4) == 1.0

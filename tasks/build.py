@@ -140,13 +140,32 @@ def as_objective(module: nn.Module) -> Objective:
     return module  # type: ignore[return-value]
 
 
-def use_deepspeed(recipe: Recipe, world: World, deepspeed_config: str | None) -> bool:
-    """Decide the engine: deepspeed under a launcher or with a configuration, unless the recipe says otherwise."""
-    if recipe.train.engine == "torch":
-        if world.size > 1 or deepspeed_config is not None:
+def deepspeed_settings(recipe: Recipe, world: World, asked: str | None) -> dict[str, Any] | None:
+    """Return DeepSpeed's complete configuration, or None where the torch engine is to be used.
+
+    ``asked`` is a JSON file or a shipped name. train.engine=auto means deepspeed under a launcher or where a
+    configuration was asked for. Raises UserError for what does not go together.
+    """
+    length = recipe.train
+    if length.engine == "torch":
+        if world.size > 1 or asked is not None:
             raise UserError("train.engine=torch runs one process without DeepSpeed; use train.engine=deepspeed here")
-        return False
-    return recipe.train.engine == "deepspeed" or "RANK" in os.environ or deepspeed_config is not None
+        return None
+    if length.engine == "auto" and asked is None and "RANK" not in os.environ:
+        return None
+    if length.compile:
+        raise UserError("train.compile is for the torch engine; leave it out under DeepSpeed")
+    from mmssl.engine.deepspeed_setup import merge, system_config
+
+    name = asked or "zero0"
+    micro_batch = length.batch_size // (length.accumulate * world.size)
+    bf16 = use_bf16(recipe, default_device())
+    return merge(system_config(name), micro_batch, length.accumulate, recipe.optim.clip, bf16, where=name)
+
+
+def default_device() -> torch.device:
+    """Return the kind of device that training uses here."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def use_bf16(recipe: Recipe, device: torch.device) -> bool:
@@ -162,20 +181,14 @@ def use_bf16(recipe: Recipe, device: torch.device) -> bool:
     return bool(torch.cpu._is_amx_tile_supported()) and recipe.model.backbone.dim >= 768
 
 
-def build_engine(recipe: Recipe, objective: nn.Module, device: torch.device, world: World, ds: str | None) -> Engine:
-    """Make the engine; ``ds`` names a DeepSpeed configuration and chooses that engine, None the torch one."""
-    optim, train = recipe.optim, recipe.train
+def build_engine(recipe: Recipe, objective: nn.Module, device: torch.device, ds: dict[str, Any] | None) -> Engine:
+    """Make the engine: DeepSpeed with the configuration ``ds``, or the torch one for None."""
+    optim, length = recipe.optim, recipe.train
     groups = param_groups(objective, optim.weight_decay, optim.layer_decay, recipe.model.backbone.depth)
-    bf16 = use_bf16(recipe, device)
-    if ds is None:
-        objective.to(device)
-        optimizer = adamw(groups, optim.betas, optim.eps)
-        return TorchEngine(objective, optimizer, device, bf16, optim.clip, train.ema, train.compile)
-    if train.compile:
-        raise UserError("train.compile is for the torch engine; leave it out under DeepSpeed")
-    from mmssl.engine.deepspeed_engine import DeepSpeedEngine
-    from mmssl.engine.deepspeed_setup import merge, system_config
+    if ds is not None:
+        from mmssl.engine.deepspeed_engine import DeepSpeedEngine
 
-    micro_batch = train.batch_size // (train.accumulate * world.size)
-    config = merge(system_config(ds), micro_batch, train.accumulate, optim.clip, bf16, where=ds)
-    return DeepSpeedEngine(objective, adamw(groups, optim.betas, optim.eps), config, train.ema)
+        return DeepSpeedEngine(objective, adamw(groups, optim.betas, optim.eps), ds, length.ema)
+    objective.to(device)
+    optimizer = adamw(groups, optim.betas, optim.eps)
+    return TorchEngine(objective, optimizer, device, use_bf16(recipe, device), optim.clip, length.ema, length.compile)

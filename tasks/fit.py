@@ -27,7 +27,16 @@ from mmssl.errors import MmsslError, Stopped, UserError
 from mmssl.files import replacing_folder, save_tensors, write_json
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
-from tasks.build import Recipe, as_objective, build_engine, build_objective, load_weights, parse_recipe, use_deepspeed
+from tasks.build import (
+    Recipe,
+    as_objective,
+    build_engine,
+    build_objective,
+    deepspeed_settings,
+    default_device,
+    load_weights,
+    parse_recipe,
+)
 
 MAY_DIFFER = ("train.steps", "train.epochs", "train.engine", "data.workers", "checkpoint.")
 """What may be changed when a run is resumed."""
@@ -54,8 +63,8 @@ def fit(
     Raises what ``mmssl.engine.loop.train`` raises, after writing ``status.json``, and UserError for what does not fit.
     """
     me = world()
-    ds = (deepspeed_config or "zero0") if use_deepspeed(recipe, me, deepspeed_config) else None
     check_batch(recipe, me)
+    ds = deepspeed_settings(recipe, me, deepspeed_config)
     objective = build_objective(recipe)
     if initial is not None:
         load_weights(objective, initial, "the encoder")
@@ -63,10 +72,10 @@ def fit(
         check_resumable(run, recipe)
     elif me.is_main:
         run.create(recipe.as_dict())
-    device = connect(me, ds)
+    device = default_device() if ds is None else join(me)
     council = Council(me.size)
     council.gather(None)  # nobody goes on before rank 0 has made the folder
-    engine = build_engine(recipe, objective, device, me, ds)
+    engine = build_engine(recipe, objective, device, ds)
     writer = Writer(run, recipe, listing, engine, me, council)
     start = writer.resume() if resume else 0
     try:
@@ -111,14 +120,11 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def connect(me: World, ds: str | None) -> torch.device:
-    """Join the other ranks if there are any, and return this rank's device."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if ds is None:
-        return torch.device(kind)
-    from mmssl.engine import deepspeed_setup
+def join(me: World) -> torch.device:
+    """Join the other ranks through DeepSpeed, and return this rank's device."""
+    from mmssl.engine.deepspeed_setup import connect
 
-    return deepspeed_setup.connect(me, kind)
+    return connect(me, default_device().type)
 
 
 def make_batches(

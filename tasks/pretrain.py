@@ -15,8 +15,16 @@ from mmssl.data.listing import Listing, list_files
 from mmssl.distributed import world
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
-from tasks.build import Recipe, as_objective, build_objective, load_recipe, measure_cost, use_bf16
-from tasks.fit import check_batch, connect, fit, load_objective
+from tasks.build import (
+    Recipe,
+    as_objective,
+    build_objective,
+    default_device,
+    load_recipe,
+    measure_cost,
+    use_bf16,
+)
+from tasks.fit import check_batch, fit, load_objective
 from tasks.report import Code, Curve, Facts, Pictures, Section, write_report
 
 
@@ -120,7 +128,7 @@ def dry_run(recipe: Recipe, data: str | Path | None, split: str | None = None) -
     total = int(np.prod(encoder.tokenizer.grid))
     seen = len(draw(np.random.default_rng(0)).get("keep", range(total))) if draw else total
     micro = recipe.train.batch_size // (recipe.train.accumulate * me.size)
-    device = connect(me, None)
+    device = default_device()
     facts: dict[str, Any] = {
         "parameters": cost.parameters,
         "encoder_parameters": sum(p.numel() for p in encoder.parameters()),  # type: ignore[attr-defined]

@@ -1,0 +1,55 @@
+"""A built wheel, installed elsewhere, brings its recipes, DeepSpeed configurations, demo pictures and page."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+PROBE = """
+import ds_configs, mmssl, sys
+from pathlib import Path
+assert Path(mmssl.__file__).is_relative_to(sys.argv[1]), mmssl.__file__
+from mmssl.engine.deepspeed_setup import system_config
+from tasks.build import load_recipe, recipe_names
+from tasks.demo import PICTURES, unpack
+from tasks.report import Words, write_report
+assert {"image-mae-tiny", "image-mae-s16", "image-mae-b16"} <= set(recipe_names())
+load_recipe("image-mae-tiny")
+for stage in range(4):
+    assert system_config(f"zero{stage}")["zero_optimization"]["stage"] == stage
+unpack(PICTURES, Path("data"))
+assert len(list(Path("data").rglob("*.png"))) == 10412
+assert (PICTURES.parent / "LICENSES.txt").is_file() and (PICTURES.parent / "README.md").is_file()
+write_report(Path("report.html"), "a", "b", [Words("c", "d")])
+print(mmssl.__version__)
+"""
+
+
+def run(*words: object, **more: object) -> str:
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=200, check=False, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_wheel_works_elsewhere(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT)
+    (wheel,) = tmp_path.glob("mmssl-*.whl")
+    site = tmp_path / "site"
+    run(*pip, "install", "--no-deps", "--target", site, wheel)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    version = run(sys.executable, "-c", PROBE, site, cwd=elsewhere, env=env).strip()
+    assert version == "0.1.0"
+    assert "image-mae-tiny" in run(sys.executable, "-m", "mmssl", "recipes", cwd=elsewhere, env=env)
+    # A person's own folder of the same name hides ours: one sentence instead of a riddle.
+    (elsewhere / "tasks").mkdir()
+    (elsewhere / "tasks" / "__init__.py").touch()
+    hidden = subprocess.run([sys.executable, "-m", "mmssl", "recipes"], cwd=elsewhere, env=env, capture_output=True,
+                            text=True, check=False, timeout=60)  # fmt: skip
+    assert hidden.returncode == 2
+    assert "hides mmssl's own" in hidden.stderr
+    assert "Traceback" not in hidden.stderr

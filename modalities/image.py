@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -277,6 +278,7 @@ def _normalised(image: PIL.Image.Image, signal: ImageSignal) -> Tensor:
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
 
 
+@lru_cache(maxsize=8)
 def _statistics(signal: ImageSignal) -> tuple[Tensor, Tensor]:
     mean, std = torch.tensor(signal.mean), torch.tensor(signal.std)
     return mean.view(3, 1, 1), std.view(3, 1, 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,23 @@ from mmssl.run import Run
 from tasks.pretrain import pretrain
 
 ROOT = Path(__file__).parents[2]
-LAUNCHER = Path(sys.executable).with_name("deepspeed")
+
+
+def launch() -> list[str]:
+    """The launcher's words for 2 ranks, on a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    script = ROOT / "tasks" / "pretrain.py"
+    return [str(launcher), "--num_accelerators", "2", "--master_port", str(port), str(script)]
 
 
 @pytest.mark.distributed
 def test_two_ranks_at_stage_3_equal_one_process_and_resume_in_it(tmp_path, photos, tiny_settings):
     words = [f"{key}={json.dumps(value)}" for key, value in tiny_settings.items() if key != "train.steps"]
     done = subprocess.run(
-        [LAUNCHER, "--num_accelerators", "2", "--master_port", "0", ROOT / "tasks" / "pretrain.py", "image-mae-tiny",
+        [*launch(), "image-mae-tiny",
          *words, "train.steps=12", "checkpoint.every_steps=6", "checkpoint.keep=9",
          "--data", photos, "--out", tmp_path / "two", "--deepspeed_config", "zero3"],
         capture_output=True, text=True, timeout=200, check=False,
@@ -44,7 +54,7 @@ def test_two_ranks_at_stage_3_equal_one_process_and_resume_in_it(tmp_path, photo
 @pytest.mark.distributed
 def test_a_mistake_under_the_launcher_is_said_once(tmp_path, photos):
     done = subprocess.run(
-        [LAUNCHER, "--num_accelerators", "2", "--master_port", "0", ROOT / "tasks" / "pretrain.py", "image-mae-tiny",
+        [*launch(), "image-mae-tiny",
          "--data", photos, "--out", tmp_path / "x", "train.stepz=1", "--deepspeed_config", "zero2"],
         capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip

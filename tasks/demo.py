@@ -1,5 +1,6 @@
 """The demo: what self-supervision is for, shown on pictures that come with the package, offline and in minutes."""
 
+import os
 import sys
 import tarfile
 from collections.abc import Callable
@@ -33,10 +34,19 @@ PRETRAINING = {
     "signal.crop_scale": [0.5, 1.0],
     "signal.flip": False,  # a mirrored 2 is not a 2
     "model.tokenizer.patch_size": [7, 7],
-    "train.epochs": None,
-    "train.steps": 1500,
+    # Many small steps: 128 at a time reached with 110,000 pictures a lower loss than 256 with 150,000.
+    "optim.base_lr": 3e-3,
+    "train.batch_size": 128,
+    "train.steps": 1000,
+    "data.workers": 1,
 }
-FINETUNING = {"optim.base_lr": 2e-3, "train.steps": 300}
+FINETUNING = {
+    "optim.base_lr": 5e-3,
+    "optim.layer_decay": 0.8,
+    "train.batch_size": 50,
+    "train.steps": 200,
+    "data.workers": 1,
+}
 
 Rows = dict[tuple[str, str], dict[str, Score]]
 """(method, starting point) -> column -> accuracy."""
@@ -84,6 +94,8 @@ def image_demo(out: Path) -> DemoResult:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give another --out")
     data, run = out / "data", out / "pretrained"
+    # A model this small leaves a core to the data worker: on two cores one thread trains 1.3 to 1.4 x faster than two.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     unpack(PICTURES, data)
     note("1 of 3: pre-training a masked autoencoder on 8,400 pictures without labels")
     pretrain(load_recipe("image-mae-tiny", PRETRAINING), data, run)
@@ -91,7 +103,7 @@ def image_demo(out: Path) -> DemoResult:
     encoder = load(run)
     torch.manual_seed(encoder.config.model.backbone.depth)
     random = Encoder(encoder.config).eval()
-    few, every = f"{SHOTS} labels per class", "all 8,000 labels"
+    few = f"{SHOTS} labels per class"
     _, targets, _ = class_targets(train, test)
     chosen = train.select(subset(targets, None, SHOTS, 0) or [])
     rows: Rows = {}
@@ -104,11 +116,8 @@ def image_demo(out: Path) -> DemoResult:
     starts: dict[str, Extractor] = {"pre-trained": encoder, "random weights": random, "raw pixels": RawPixels(encoder)}
     for method, measure in (("linear probe", probe_top1), ("10 nearest neighbours", knn_top1)):
         for start, extractor in starts.items():
-            rows[method, start] = {
-                few: measure(extractor, chosen, test),
-                every: measure(extractor, train, test),
-            }
-    result = DemoResult(out, rows, [few, every])
+            rows[method, start] = {few: measure(extractor, chosen, test)}
+    result = DemoResult(out, rows, [few])
     write_json(out / "demo.json", result.as_dict())
     report(result, data)
     return result

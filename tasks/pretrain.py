@@ -164,10 +164,15 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
         "Speed": f"{np.median(rates):,.0f} samples/s",
         "Waiting for data": f"{100 * float(np.mean(waits)):.0f} %",
         "Parameters": f"{cost.parameters:,}",
-        "Forward pass": f"{cost.gflop_forward:.3g} GFLOP per sample",
+        "Forward pass per sample": flop_text(cost.gflop_forward),
         "Samples seen": f"{metrics[-1]['samples']:,}",
     }
     return [*sections, Facts("Cost", facts), Code("Recipe", recipe.as_yaml())]
+
+
+def flop_text(gflop: float) -> str:
+    """Return a number of operations with a unit that suits its size."""
+    return f"{gflop:.3g} GFLOP" if gflop >= 1 else f"{1000 * gflop:.3g} MFLOP"
 
 
 def reconstructions(

@@ -23,8 +23,9 @@ from tasks.finetune import finetune, subset
 from tasks.knn import knn
 from tasks.linear_probe import linear_probe
 from tasks.metrics import Score
-from tasks.pretrain import pretrain, run_sections
+from tasks.pretrain import pretrain
 from tasks.report import Table, Words, write_report
+from tasks.run_report import run_sections
 
 PICTURES = Path(__file__).parent / "demo_data" / "pictures.tar.xz"
 SHOTS = 10

@@ -22,6 +22,8 @@ from tasks.build import Recipe, parse_recipe
 from tasks.features import Extractor, Samples, class_targets, extract
 from tasks.fit import fit, load_objective
 from tasks.metrics import Score, classification_scores, score_table, scores_as_dict
+from tasks.report import Table, write_report
+from tasks.run_report import run_sections
 
 DEFAULTS: dict[str, Any] = {
     # MAE's fine-tuning of ViT-B (arXiv:2111.06377, table 9) where it does not depend on ImageNet's size.
@@ -95,7 +97,16 @@ def finetune(
     result = FinetuneResult(scores, run.path, "scratch" if scratch else "pre-trained", words, seed, steps, samples)
     if world().is_main:
         write_json(run.path / "finetune.json", result.as_dict())
+        report(run, result, train)
     return result
+
+
+def report(run: Run, result: FinetuneResult, train: Listing) -> None:
+    """Write the run's report: the scores first."""
+    note = f"On {result.samples.test} test files, with 95 % bootstrap intervals."
+    table = Table("Scores", note, ["", *result.scores], [[f"{result.start}, {result.labels}", *result.scores.values()]])
+    subtitle = f"{result.samples.train} labels of {len(result.samples.classes)} classes, {result.start}"
+    write_report(run.report_file, f"{run.path.name}: fine-tuned", subtitle, [table, *run_sections(run, train)])
 
 
 def finetune_recipe(encoder: Encoder, classes: list[str], overrides: Mapping[str, Any], samples: int) -> Recipe:

@@ -170,7 +170,7 @@ class Writer:
         self.engine, self.me, self.council = engine, me, council
         self.steps = recipe.train.total_steps(len(listing))
         self.written, self.began = 0, time.monotonic()
-        self.ledger = Ledger(run.ledger_file if me.is_main else None)
+        self.ledger = Ledger(run.ledger_file, write=me.is_main)
         names = "\n".join(listing.name(i) for i in range(len(listing)))
         self.files = hashlib.sha256(names.encode()).hexdigest()
 
@@ -231,6 +231,7 @@ class Writer:
         self.engine.load(found.read, found.step)
         if self.me.is_main:
             self.run.rewind(found.step)
+            self.began -= max((line["seconds"] for line in self.run.metrics()), default=0.0)
         self.written = found.step
         say(f"resuming from step {found.step} of {self.steps}")
         return found.step

@@ -9,11 +9,12 @@ class Ledger:
     """An append-only JSON-lines file with one line per broken file, however often the file is met.
 
     An existing file is read first, so that a resumed run goes on counting; a line that a killed run left half written
-    is passed over. With ``path`` None the ledger lives in memory only.
+    is passed over. With ``path`` None the ledger lives in memory only; with ``write`` False, as on all ranks but the
+    first, the file is read and then counted on in memory.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, write: bool = True) -> None:
+        self.path = path if write else None
         self._seen: set[str] = set()
         self._torn = False
         if path is not None and path.exists():

@@ -49,7 +49,10 @@ def test_attention_kernels_agree_forward_and_backward(dtype, padded, queries):
         torch.testing.assert_close(naive / scale, sdpa / scale, **TOLERANCE[dtype])
 
 
-def test_kernel_choice_is_by_device_dtype_and_length_and_is_put_back():
+def test_kernel_choice_is_by_device_dtype_and_length_and_is_put_back(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choose_kernel("cpu", torch.bfloat16, 50) == "sdpa"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert choose_kernel("cpu", torch.float32, 50) == "sdpa"
     assert choose_kernel("cpu", torch.bfloat16, 50) == "naive"
     assert choose_kernel("cpu", torch.bfloat16, 500) == "sdpa"

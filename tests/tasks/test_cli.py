@@ -98,6 +98,7 @@ def test_finetune_from_the_encoder_and_from_scratch(ask, run, halves, tmp_path):
     code, out, _ = ask(*shared, "--out", tmp_path / "b", "--scratch")
     assert json.loads(out)["protocol"]["start"] == "scratch"
     assert (tmp_path / "a" / "encoder" / "model.safetensors").exists()
+    assert "Accuracy" in (tmp_path / "a" / "report.html").read_text()
     assert json.loads((tmp_path / "a" / "finetune.json").read_text()) == result
 
 

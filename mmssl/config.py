@@ -28,7 +28,7 @@ class Piece(BaseModel):
         for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
                 raise PydanticCustomError(
-                    "unknown_key", "{hint}", {"key": key, "hint": nearest(str(key), cls.model_fields)}
+                    "unknown_key", "{hint}", {"key": str(key), "hint": nearest(str(key), cls.model_fields)}
                 )
         return data
 
@@ -50,7 +50,7 @@ class DataConfig(Piece):
     """Data worker processes per rank; auto is one less than the cores of a rank, at most 8. Never changes a result."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Fraction of the files that may be broken before pre-training stops with exit code 3."""
-    timeout: Annotated[float, Field(gt=0)] = 30.0
+    timeout: Annotated[float, Field(gt=0, le=86400)] = 30.0
     """Seconds after which a decoder that still works on one file is interrupted, and the file counts as broken."""
 
 
@@ -107,7 +107,7 @@ class TrainConfig(Piece):
     """Optimiser steps. Either this or ``epochs``."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the data."""
-    batch_size: Annotated[int, Field(gt=0)] = 256
+    batch_size: Annotated[int, Field(gt=0, le=2**24)] = 256
     """Samples per optimiser step, over all ranks and micro-steps."""
     accumulate: Annotated[int, Field(gt=0)] = 1
     """Micro-steps per optimiser step: less memory, the same result."""
@@ -154,10 +154,22 @@ class CheckpointConfig(Piece):
 P = TypeVar("P", bound=BaseModel)
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Reads plain YAML values, and refuses a mapping that has a key twice instead of forgetting the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; raises UserError with file and line where it is not one."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -172,7 +184,10 @@ def override(data: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[st
 
     Raises UserError where a dotted key goes through something that is not a section.
     """
-    result: dict[str, Any] = _copy(data)
+    try:
+        result: dict[str, Any] = _copy(data)
+    except RecursionError:
+        raise UserError("the recipe holds an anchor that refers to itself") from None
     for key, value in assignments.items():
         *sections, leaf = key.split(".")
         node = result
@@ -215,7 +230,8 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"] if not re.search(r"[\[\]()-]|^(int|float|str|literal)$", str(part))]
     if first["type"] == "unknown_key":
-        return f"'{'.'.join([*parts, first['ctx']['key']])}' is not a key{first['ctx']['hint']}"
+        hint = first["ctx"]["hint"].replace("mean '", "mean '" + "".join(f"{part}." for part in parts))
+        return f"'{'.'.join([*parts, first['ctx']['key']])}' is not a key{hint}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{'.'.join(parts)}: {message}" if parts else message

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 LISTED = 20
 """Up to so many valid spellings are listed where none is close."""
@@ -37,6 +38,12 @@ class Stopped(MmsslError):
         self.exit_code = 128 + signum
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: torch has a type for it on GPUs, and only words on CPUs."""
+    words = ("can't allocate memory", "CUDA out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the closest valid spelling, else the list of valid ones if it is short."""
     options = sorted(valid)
@@ -45,3 +52,15 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{lower[close[0]]}'?"
     return f"; valid: {', '.join(options)}" if 0 < len(options) <= LISTED else ""
+
+
+def sibling(path: Path) -> str:
+    """Return "; did you mean 'x'?" for a path that does not exist, from what is beside it, or nothing."""
+    # The first part of the path that is missing is the one that is misspelt.
+    while not path.parent.exists():
+        path = path.parent
+    try:
+        hint = nearest(path.name, (entry.name for entry in path.parent.iterdir()))
+    except OSError:
+        return ""
+    return hint if hint.startswith("; did you mean") else ""  # a folder's whole contents would not help

@@ -1,8 +1,9 @@
 """The run folder: what a run writes, where, and how it says how it is doing."""
 
+import fcntl
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import yaml
 
@@ -26,6 +27,7 @@ class Run:
         self.ledger_file = self.path / "ledger.jsonl"
         self.config_file = self.path / "config.yaml"
         self.report_file = self.path / "report.html"
+        self._held: TextIO | None = None
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the folder and write the resolved configuration; UserError where something is in the way."""
@@ -41,6 +43,19 @@ class Run:
         self.checkpoints.mkdir()
         with replacing_file(self.config_file) as aside:
             aside.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def hold(self) -> None:
+        """Keep other processes out of the folder for as long as this one lives; UserError where one is in it."""
+        self._held = (self.path / ".lock").open("a")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.path}: another process is writing this run; wait for it or stop it") from None
+
+    def release(self) -> None:
+        """Let other processes in again."""
+        if self._held is not None:
+            self._held.close()
 
     def encoder_folder(self, modality: str, alone: bool) -> Path:
         """Return where an encoder goes: ``encoder/``, or ``encoder-MODALITY/`` where there are several."""

@@ -17,7 +17,7 @@ from mmssl.backbones.vit import ViTConfig
 from mmssl.config import Piece, validate
 from mmssl.contracts import Grid, Modality, Tokenizer
 from mmssl.data.guard import BrokenFile, guarded
-from mmssl.errors import UnusableData, UserError, nearest
+from mmssl.errors import UnusableData, UserError, nearest, sibling
 from mmssl.files import replacing_folder, save_tensors, write_json
 from modalities.image import Image
 
@@ -50,7 +50,7 @@ C = TypeVar("C", bound=EncoderConfig)
 
 def typed(base: type[C], modality: str, where: str, **fields: Any) -> type[C]:
     """Return ``base`` with ``signal`` and ``model.tokenizer`` typed by the modality, and further typed ``fields``."""
-    if modality not in MODALITIES:
+    if not isinstance(modality, str) or modality not in MODALITIES:
         raise UserError(f"{where}: '{modality}' is not a modality{nearest(str(modality), MODALITIES)}")
     kind = MODALITIES[modality]
     model = create_model(
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
         """Return one vector per input: float32 [n, dim] on the CPU.
 
         ``inputs`` is a list of paths, decoded signals (PIL pictures) or preprocessed float tensors [C, *size]; or one
-        such tensor [n, C, *size]; or a single path. Raises UnusableData naming the first file that cannot be read.
+        such tensor [n, C, *size]; or one of any of these. Raises UnusableData naming the first file that is broken.
         """
         vectors = [self.features(batch).cpu() for batch in self._batches(inputs, batch_size)]
         return torch.cat(vectors) if vectors else torch.empty(0, self.dim)
@@ -153,11 +153,17 @@ class Encoder(nn.Module):
         return torch.cat(parts) if parts else torch.empty(0, 0, self.dim), grid
 
     def _batches(self, inputs: Any, batch_size: int) -> Iterator[Tensor]:
-        if isinstance(inputs, str | Path):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but got {batch_size}")
+        single = inputs.ndim == 1 + len(self._tokenizer.grid) if isinstance(inputs, Tensor) else False
+        if single or not isinstance(inputs, Sequence | Tensor) or isinstance(inputs, str):
             inputs = [inputs]
         for start in range(0, len(inputs), batch_size):
             part = inputs[start : start + batch_size]
-            yield part if isinstance(part, Tensor) else torch.stack([self._signal(item) for item in part])
+            batch = part if isinstance(part, Tensor) else torch.stack([self._signal(item) for item in part])
+            if not batch.is_floating_point():
+                raise ValueError(f"a tensor must be a preprocessed float signal, but this one is {batch.dtype}")
+            yield batch
 
     def _signal(self, item: Any) -> Tensor:
         if isinstance(item, Tensor):
@@ -190,7 +196,7 @@ class Encoder(nn.Module):
 
 
 def _card(encoder: Encoder, parameters: int) -> str:
-    return f"""# A {encoder.modality} encoder made with mmssl
+    return f"""# An encoder made with mmssl (modality: {encoder.modality})
 
 {parameters:,} parameters, {encoder.dim} values per vector, token grid {" x ".join(map(str, encoder._tokenizer.grid))}.
 
@@ -216,6 +222,8 @@ def load(path: str | Path) -> Encoder:
         tensors = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: not a readable encoder folder ({error})") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{folder}/config.json: not a mapping")
     if stored.get("format") != FORMAT:
         raise UserError(f"{folder}: written in format {stored.get('format')}, but this mmssl reads format {FORMAT}")
     config = validate(
@@ -223,7 +231,10 @@ def load(path: str | Path) -> Encoder:
         {"modality": stored["modality"], "model": stored.get("model"), "signal": signal},
         f"{folder}/config.json",
     )
-    encoder = Encoder(config)
+    try:
+        encoder = Encoder(config)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
     try:
         encoder.load_state_dict(tensors)
     except RuntimeError as error:
@@ -236,8 +247,7 @@ def load(path: str | Path) -> Encoder:
 def encoder_folder(path: Path) -> Path:
     """Return the encoder folder that a path means; raises UserError where there is none or more than one."""
     if not path.exists():
-        siblings: Sequence[str] = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{path} does not exist{nearest(path.name, siblings) if siblings else ''}")
+        raise UserError(f"{path} does not exist{sibling(path)}")
     if path.is_file():
         path = path.parent
     if (path / "model.safetensors").is_file() and (path / "config.json").is_file():

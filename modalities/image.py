@@ -268,6 +268,9 @@ def centre_box(height: int, width: int, signal: ImageSignal) -> Box:
 
 
 def _resized(image: PIL.Image.Image, size: tuple[int, int], box: Box) -> PIL.Image.Image:
+    # What the decoder returns is RGB; a picture that a person opened may be anything.
+    if image.mode != "RGB":
+        image = _to_rgb(image)
     # Pillow's bicubic filter widens with the reduction, so this is antialiased; the box spares a copy of the crop.
     return image.resize((size[1], size[0]), Resampling.BICUBIC, box=box)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from pydantic import SerializeAsAny
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -84,7 +85,7 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: 'modality' is missing; valid: {', '.join(MODALITIES)}")
     objective = data.get("objective")
     name = objective.get("name") if isinstance(objective, Mapping) else None
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise UserError(f"{where}: objective.name '{name}' is not an objective{nearest(str(name), OBJECTIVES)}")
     return validate(typed(Recipe, data["modality"], where, objective=(OBJECTIVES[name], ...)), data, where)
 
@@ -105,10 +106,13 @@ def build_objective(recipe: Recipe) -> nn.Module:
 def initialise(objective: nn.Module, source: Path) -> None:
     """Copy weights from a run (all of its objective that this one knows) or from an encoder folder."""
     whole = source / "objective" / "model.safetensors"
-    if whole.is_file():
-        weights = load_file(whole)
-    else:
-        weights = {f"encoder.{name}": t for name, t in load_file(encoder_folder(source) / "model.safetensors").items()}
+    file = whole if whole.is_file() else encoder_folder(source) / "model.safetensors"
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"train.init_from: {file} is not readable ({error})") from None
+    if file != whole:
+        weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
     load_weights(objective, weights, str(source))
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -13,13 +14,12 @@ from rich.console import Console
 from mmssl.config import parse_assignments
 from mmssl.data.listing import Listing, list_files
 from mmssl.distributed import world
-from mmssl.errors import MmsslError, UserError
+from mmssl.errors import MmsslError, UserError, is_out_of_memory
 from modalities.encoder import Encoder, load
 from tasks.build import load_recipe, recipe_names, recipe_path
 
 app = typer.Typer(
     name="mmssl",
-    help="Self-supervised learning: from a folder of media to a measured encoder.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -30,6 +30,8 @@ app.add_typer(data_app, name="data")
 
 # Typer carries its own copy of click from some version on; the error type is reached through what both export.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+BAD_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 EncoderPath = Annotated[Path, typer.Argument(metavar="ENCODER", help="An encoder folder, a run folder or a file.")]
@@ -73,8 +75,13 @@ def keep(result: Result, out: Path | None, name: str) -> None:
     if out is not None:
         from mmssl.files import write_json
 
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / name, result.as_dict())
+
+
+def writable(out: Path | None) -> None:
+    """Make the folder ``out``, before anything is computed for it."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
 
 
 def pair(
@@ -86,6 +93,22 @@ def pair(
         list_files(train, kind.suffixes, kind.name, split=train_split, default_split="train"),
         list_files(test, kind.suffixes, kind.name, split=test_split, default_split="test"),
     )
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        print(version("mmssl"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Self-supervised learning: from a folder of media to a measured encoder."""
 
 
 @app.command()
@@ -195,6 +218,7 @@ def knn(
         counts = [int(number) for number in k.split(",")]
     except ValueError:
         raise UserError(f"--k {k}: give whole numbers separated by commas, such as 10,20,100") from None
+    writable(out)
     loaded = load(encoder)
     listings = pair(loaded, train, test, train_split, test_split)
     result = run(loaded, *listings, label_column, counts, temperature, skip_broken=skip_broken)
@@ -210,7 +234,7 @@ def linear_probe(
     label_column: LabelColumn = "label",
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
-    seed: Annotated[int, typer.Option(help="Of the hold-out and the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the hold-out and the intervals.")] = 0,
     skip_broken: SkipBroken = False,
     out: Out = None,
     as_json: Json = False,
@@ -218,6 +242,7 @@ def linear_probe(
     """Train a linear classifier on frozen features, and test it."""
     from tasks.linear_probe import linear_probe as run
 
+    writable(out)
     loaded = load(encoder)
     listings = pair(loaded, train, test, train_split, test_split)
     result = run(loaded, *listings, label_column, seed, skip_broken=skip_broken)
@@ -246,7 +271,7 @@ def embed(
 def check(
     path: Annotated[Path, typer.Argument(help="A folder or a manifest.")],
     modality: Annotated[str, typer.Option(help="Which media to look for.")] = "image",
-    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Write the broken files to this JSON-lines file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -261,6 +286,9 @@ def check(
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code of DESIGN's table and never shows a traceback for what is foreseen."""
+    if "" in arguments:
+        complain("an argument is empty; is it a variable that is not set?")
+        return 2
     try:
         code = app(list(arguments), prog_name="mmssl", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -279,9 +307,13 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.close()  # whoever reads has gone; nothing more can be said
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return 2 if error.errno in BAD_PATH else 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
+        first = (str(error) or "out of memory").splitlines()[0]
+        complain(f"out of memory ({first}); lower train.batch_size, signal.size or the model's sizes")
         return 1
 
 

@@ -54,7 +54,7 @@ def embed(encoder: Extractor, listing: Listing, out: Path | str, **options: Unpa
     nothing: list[str | None] = [None] * len(kept)
     fingerprint = encoder.fingerprint()
     columns = {
-        "path": pa.array([files.name(i) for i in range(len(kept))], pa.string()),
+        "path": pa.array(_names(files), pa.string()),
         "split": pa.array(files.columns.get("split", nothing), pa.string()),
         "label": pa.array(_labels(listing, kept), pa.string()),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(features.vectors.numpy().ravel()), dim),
@@ -75,6 +75,14 @@ def _labels(listing: Listing, kept: list[int]) -> list[str | None]:
         except UserError:
             labels = [None] * len(listing)
     return [labels[i] for i in kept]
+
+
+def _names(listing: Listing) -> list[str]:
+    names = [listing.name(i) for i in range(len(listing))]
+    for name in names:
+        if not name.isprintable() and "\udc80" <= max(name) <= "\udcff":
+            raise UserError(f"{name!r} is not a name in UTF-8, which is all that parquet holds; rename the file")
+    return names
 
 
 def _check(out: Path) -> None:

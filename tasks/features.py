@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,7 +232,7 @@ def _key(encoder: Extractor, listing: Listing) -> str:
         try:
             stat = os.stat(path)  # noqa: PTH116 - a Path per file is slow for a million files
             facts = [path, stat.st_size, stat.st_mtime_ns]
-        except OSError:
+        except (OSError, ValueError):
             facts = [path, None, None]
         digest.update(json.dumps(facts).encode())
     return digest.hexdigest()
@@ -276,16 +277,22 @@ class Samples:
     train: int
     test: int
     classes: list[str]
+    commonest: float
+    """Share of the test samples in the commonest training class: what guessing blindly would score."""
     skipped: list[tuple[str, str]]
     """(name, reason) of broken files that were left out on request."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts for JSON."""
         skipped = [{"path": path, "reason": reason} for path, reason in self.skipped]
-        return {"train": self.train, "test": self.test, "classes": self.classes, "skipped": skipped}
+        facts = {"train": self.train, "test": self.test, "classes": self.classes}
+        return {**facts, "commonest_class": self.commonest, "skipped": skipped}
 
     def __str__(self) -> str:
-        text = f"{self.train} training and {self.test} test samples, {len(self.classes)} classes"
+        text = (
+            f"{self.train} training and {self.test} test samples, {len(self.classes)} classes; always guessing the "
+            f"commonest one scores {100 * self.commonest:.1f}%"
+        )
         return f"{text}; {len(self.skipped)} broken files left out" if self.skipped else text
 
 
@@ -302,7 +309,14 @@ def labelled_features(
         features = extract(encoder, listing, **options)
         both.append(Labelled(features.vectors, torch.tensor([targets[i] for i in features.kept])))
         skipped += features.skipped
-    return both[0], both[1], Samples(len(both[0].targets), len(both[1].targets), classes, skipped)
+    guess = commonest_share(train_targets, both[1].targets.tolist())
+    return both[0], both[1], Samples(len(both[0].targets), len(both[1].targets), classes, guess, skipped)
+
+
+def commonest_share(train_targets: Sequence[int], test_targets: Sequence[int]) -> float:
+    """Return the share of the test targets that are the commonest training target (the first of equals)."""
+    guess = min(Counter(train_targets).items(), key=lambda item: (-item[1], item[0]))[0]
+    return sum(target == guess for target in test_targets) / len(test_targets)
 
 
 def class_targets(train: Listing, test: Listing, label_column: str = "label") -> tuple[list[str], list[int], list[int]]:
@@ -320,7 +334,8 @@ def class_targets(train: Listing, test: Listing, label_column: str = "label") ->
         more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
         words = ", ".join(f"'{label}'" for label in unseen[:3]) + more
         raise UserError(f"{test.root}: no training sample in {train.root} has the test label {words}")
-    shared = set(train.paths) & set(test.paths)
+    # By the file that a path leads to, not by its spelling.
+    shared = {os.path.realpath(path) for path in train.paths} & {os.path.realpath(path) for path in test.paths}
     if shared:
         raise UserError(f"{len(shared)} files, such as {min(shared)}, are in both the training and the test set")
     number = {label: i for i, label in enumerate(classes)}

@@ -19,7 +19,7 @@ from mmssl.objectives.classify import Classify
 from mmssl.run import Run
 from modalities.encoder import Encoder
 from tasks.build import Recipe, parse_recipe
-from tasks.features import Extractor, Samples, class_targets, extract
+from tasks.features import Extractor, Samples, class_targets, commonest_share, extract
 from tasks.fit import fit, load_objective
 from tasks.metrics import Score, classification_scores, score_table, scores_as_dict
 from tasks.report import Table, write_report
@@ -32,6 +32,11 @@ DEFAULTS: dict[str, Any] = {
     "train": {"epochs": 100},
 }
 LARGEST_BATCH = 256
+FIXED = {
+    "train.init_from": "fine-tuning starts from ENCODER, or with --scratch from random weights",
+    "objective.name": "fine-tuning classifies",
+    "objective.classes": "the classes are the sorted training labels",
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,10 @@ def finetune(
     UserError for a mistake, UnusableData for a broken test file unless ``skip_broken``.
     """
     classes, targets, test_targets = class_targets(train, test, label_column)
-    seed = (overrides or {}).get("train.seed", 0)
+    for key, reason in FIXED.items():
+        if key in (overrides or {}):
+            raise UserError(f"{key} cannot be set here: {reason}")
+    seed = finetune_recipe(encoder, classes, overrides or {}, len(targets)).train.seed
     chosen = subset(targets, labels, shots, seed)
     if chosen is not None:
         train, targets = train.select(chosen), [targets[i] for i in chosen]
@@ -91,7 +99,7 @@ def finetune(
     initial = None if scratch else {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
     run = Run(out)
     fit(recipe, train, run, targets, initial)
-    scores, samples = evaluate(run, test, test_targets, classes, len(targets), skip_broken)
+    scores, samples = evaluate(run, test, test_targets, classes, targets, skip_broken)
     steps = recipe.train.total_steps(len(targets))
     words = f"{shots} labels per class" if shots else f"{labels} of the labels" if labels else "all labels"
     result = FinetuneResult(scores, run.path, "scratch" if scratch else "pre-trained", words, seed, steps, samples)
@@ -104,7 +112,12 @@ def finetune(
 def report(run: Run, result: FinetuneResult, train: Listing) -> None:
     """Write the run's report: the scores first."""
     note = f"On {result.samples.test} test files, with 95 % bootstrap intervals."
-    table = Table("Scores", note, ["", *result.scores], [[f"{result.start}, {result.labels}", *result.scores.values()]])
+    table = Table(
+        "Scores",
+        note,
+        ["", *(name.replace("_", " ") for name in result.scores)],
+        [[f"{result.start}, {result.labels}", *result.scores.values()]],
+    )
     subtitle = f"{result.samples.train} labels of {len(result.samples.classes)} classes, {result.start}"
     write_report(run.report_file, f"{run.path.name}: fine-tuned", subtitle, [table, *run_sections(run, train)])
 
@@ -161,7 +174,7 @@ class Logits:
 
 
 def evaluate(
-    run: Run, test: Listing, targets: Sequence[int], classes: list[str], trained_on: int, skip_broken: bool
+    run: Run, test: Listing, targets: Sequence[int], classes: list[str], trained_on: Sequence[int], skip_broken: bool
 ) -> tuple[dict[str, Score], Samples]:
     """Measure a fine-tuned run on test files."""
     _, objective = load_objective(run.path)
@@ -170,5 +183,7 @@ def evaluate(
     assert isinstance(encoder, Encoder)
     stand_in: Extractor = Logits(objective, encoder)
     features = extract(stand_in, test, skip_broken=skip_broken, cache=None)
-    scores = classification_scores(features.vectors, torch.tensor([targets[i] for i in features.kept]))
-    return scores, Samples(trained_on, len(features.kept), classes, features.skipped)
+    kept = [targets[i] for i in features.kept]
+    scores = classification_scores(features.vectors, torch.tensor(kept))
+    guess = commonest_share(trained_on, kept)
+    return scores, Samples(len(trained_on), len(kept), classes, guess, features.skipped)

@@ -4,6 +4,7 @@ Every rank walks through the same steps; rank 0 alone writes and talks.
 """
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ def fit(
     device = default_device() if ds is None else join(me)
     council = Council(me.size)
     council.gather(None)  # nobody goes on before rank 0 has made the folder
+    if me.is_main:
+        run.hold()
     engine = build_engine(recipe, objective, device, ds)
     writer = Writer(run, recipe, listing, engine, me, council)
     start = writer.resume() if resume else 0
@@ -91,6 +94,7 @@ def fit(
         raise
     finally:
         engine.close()
+        run.release()
     writer.status("done", seconds=round(time.monotonic() - writer.began, 1))
 
 
@@ -172,7 +176,7 @@ class Writer:
         self.written, self.began = 0, time.monotonic()
         self.ledger = Ledger(run.ledger_file, write=me.is_main)
         names = "\n".join(listing.name(i) for i in range(len(listing)))
-        self.files = hashlib.sha256(names.encode()).hexdigest()
+        self.files = hashlib.sha256(os.fsencode(names)).hexdigest()
 
     def hooks(self) -> Hooks:
         """Return the loop's hooks."""
@@ -200,6 +204,7 @@ class Writer:
         """Write a checkpoint, and from it the objective and the encoder folders. A collective."""
         facts = {
             "step": step,
+            "steps": self.steps,
             "samples": step * self.recipe.train.batch_size,
             "seed": self.recipe.train.seed,
             "files": self.files,
@@ -228,8 +233,12 @@ class Writer:
             raise UserError(f"--resume: {found.path} is already past the {self.steps} steps asked for")
         if found.facts["threads"] != torch.get_num_threads():
             say(f"{torch.get_num_threads()} threads instead of {found.facts['threads']}: the last bits may differ")
+        if found.facts["steps"] != self.steps:
+            say(f"{self.steps} steps instead of {found.facts['steps']}: the learning rate follows the new schedule")
         self.engine.load(found.read, found.step)
         if self.me.is_main:
+            # A kill between a checkpoint and its export left an older encoder, or none.
+            export(found, self.run, self.recipe, self.engine.objective)
             self.run.rewind(found.step)
             self.began -= max((line["seconds"] for line in self.run.metrics()), default=0.0)
         self.written = found.step

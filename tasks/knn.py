@@ -1,5 +1,6 @@
 """Weighted k-nearest neighbours on frozen features (Wu et al., arXiv:1805.01978, section 3.4; used so by DINO)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -118,7 +119,7 @@ def knn(
     A k larger than the training set is left out, and the result says so. Raises UserError for a k or a temperature that
     is not positive, and as ``labelled_features``.
     """
-    if not k or min(k) < 1 or temperature <= 0:
+    if not k or min(k) < 1 or not 0 < temperature < math.inf:
         raise UserError(
             f"knn: every k and the temperature must be positive, but k is {list(k)}, temperature {temperature}"
         )

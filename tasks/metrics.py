@@ -110,10 +110,10 @@ def score_table(title: str, rows: Mapping[str, Mapping[str, Score]]) -> Table:
     """Return a table of one row per name and one column per metric, with 95 % intervals."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.caption, table.caption_justify = "95 % bootstrap intervals over test samples", "left"
-    table.add_column("")
+    table.add_column("", overflow="fold")
     metrics = list(next(iter(rows.values())))
     for metric in metrics:
-        table.add_column(metric.replace("_", " "), justify="right", no_wrap=True)
+        table.add_column(metric.replace("_", " "), justify="right", overflow="fold")
     for name, scores in rows.items():
         table.add_row(escape(name), *(str(scores[metric]) for metric in metrics))
     return table

@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from mmssl.config import override
 from mmssl.data.listing import Listing, list_files
 from mmssl.distributed import world
 from mmssl.run import Run
@@ -20,6 +21,7 @@ from tasks.build import (
     default_device,
     load_recipe,
     measure_cost,
+    parse_recipe,
     use_bf16,
 )
 from tasks.fit import check_batch, fit
@@ -72,7 +74,9 @@ def pretrain(
 
     ``overrides`` maps dotted keys to values. Raises UserError for a mistake, UnusableData for too many broken files.
     """
-    if not isinstance(recipe, Recipe):
+    if isinstance(recipe, Recipe):
+        recipe = parse_recipe(override(recipe.as_dict(), overrides or {}), "the recipe")
+    else:
         recipe = load_recipe(recipe, overrides)
     listing, run = training_files(recipe, data, split), Run(out)
     fit(recipe, listing, run, resume=resume, deepspeed_config=deepspeed_config)
@@ -86,8 +90,8 @@ def pretrain(
         seconds=metrics[-1]["seconds"],
     )
     if world().is_main:
-        write_report(run.report_file, run.path.name, f"{recipe.objective.name} on {len(listing)} files",
-                     run_sections(run, listing))  # fmt: skip
+        subtitle = f"{recipe.objective.name} on {len(listing):,} files of {listing.root}, {result.steps:,} steps"
+        write_report(run.report_file, f"{run.path.name}: pre-trained", subtitle, run_sections(run, listing))
     return result
 
 
@@ -113,6 +117,9 @@ class DryRun:
             )
             table.add_row(name.replace("_", " "), text)
         console.print(table)
+        console.print(
+            "Memory is that of weights, gradients, moments and activations; libraries and workers come on top."
+        )
 
 
 def dry_run(recipe: Recipe, data: str | Path | None, split: str | None = None) -> DryRun:

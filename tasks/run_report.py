@@ -30,7 +30,7 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
     waits = [record["wait"] for record in metrics]
     facts = {
         "Training time": f"{metrics[-1]['seconds']:.0f} s",
-        "Speed": f"{np.median(rates):,.0f} samples/s",
+        "Samples per second": f"{np.median(rates):,.0f}",
         "Waiting for data": f"{100 * float(np.mean(waits)):.0f} %",
         "Parameters": f"{cost.parameters:,}",
         "Forward pass per sample": flop_text(cost.gflop_forward),

@@ -51,12 +51,12 @@ def test_assignments_are_yaml_values():
 
 
 MISTAKES = {
-    "train.stepz=1": "'train.stepz' is not a key; did you mean 'steps'?",
-    "optim.lrr=1": "'optim.lrr' is not a key; did you mean 'lr'?",
+    "train.stepz=1": "'train.stepz' is not a key; did you mean 'train.steps'?",
+    "optim.lrr=1": "'optim.lrr' is not a key; did you mean 'optim.lr'?",
     "modell.x=1": "'modell' is not a key; did you mean 'model'?",
-    "model.backbone.heads=1": "did you mean 'num_heads'?",
-    "model.tokenizer.patchsize=1": "did you mean 'patch_size'?",
-    "objective.maskratio=1": "did you mean 'mask_ratio'?",
+    "model.backbone.heads=1": "did you mean 'model.backbone.num_heads'?",
+    "model.tokenizer.patchsize=1": "did you mean 'model.tokenizer.patch_size'?",
+    "objective.maskratio=1": "did you mean 'objective.mask_ratio'?",
     "objective.name=mea": "'mea' is not an objective; did you mean 'mae'?",
     "modality=imge": "'imge' is not a modality; did you mean 'image'?",
     "train.precision=bf61": "'bf61' is not valid; did you mean 'bf16'?",
@@ -94,6 +94,18 @@ def test_a_recipe_file_that_is_none_is_a_sentence(tmp_path):
         read_yaml(tmp_path / "b.yaml")
     with pytest.raises(UserError, match=r"no such recipe file; did you mean 'a\.yaml'"):
         load_recipe(tmp_path / "aa.yaml")
+
+
+def test_a_key_that_is_there_twice_and_an_endless_anchor_are_sentences(tmp_path):
+    (tmp_path / "a.yaml").write_text("modality: image\ntrain: {steps: 1}\ntrain: {steps: 2}\n")
+    with pytest.raises(UserError, match="'train' is there twice"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("modality: image\nmodel: &m {tokenizer: *m}\n")
+    with pytest.raises(UserError, match="refers to itself"):
+        load_recipe(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("modality: image\nobjective: {name: mae}\n5: 6\n")
+    with pytest.raises(UserError, match="'5' is not a key"):
+        load_recipe(tmp_path / "c.yaml")
 
 
 def test_warmup_forms():

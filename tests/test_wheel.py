@@ -1,11 +1,13 @@
 """A built wheel, installed elsewhere, brings its recipes, DeepSpeed configurations, demo pictures and page."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("mmssl", "modalities", "tasks", "ds_configs")
 
 PROBE = """
 import ds_configs, mmssl, sys
@@ -35,7 +37,13 @@ def run(*words: object, **more: object) -> str:
 
 def test_the_wheel_works_elsewhere(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT)
+    # From a copy: a build leaves its folder in the tree, and what lies in it would be in the next wheel.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in (*PACKAGES, "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    run(*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, source)
     (wheel,) = tmp_path.glob("mmssl-*.whl")
     site = tmp_path / "site"
     run(*pip, "install", "--no-deps", "--target", site, wheel)

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmssl.errors import UserError, nearest
+from mmssl.errors import UserError, nearest, sibling
 
 Columns = dict[str, list[str | None]]
 
@@ -112,7 +112,7 @@ def list_files(
     """
     root = Path(path)
     if not os.path.exists(root):  # noqa: PTH110 (False, not an exception, for what may not be asked about)
-        raise UserError(f"{root} does not exist{_sibling(root)}")
+        raise UserError(f"{root} does not exist{sibling(root)}")
     if root.is_dir():
         manifest = _manifest_in(root)
         listing = _list_folder(root, suffixes, what) if manifest is None else _list_manifest(root, manifest)
@@ -128,17 +128,6 @@ def list_files(
     if split is None and default_split in listing.columns.get("split", []):
         split = default_split
     return listing if split is None else listing.split(split)
-
-
-def _sibling(path: Path) -> str:
-    # The first part of the path that is missing is the one that is misspelt.
-    while not path.parent.exists():
-        path = path.parent
-    try:
-        hint = nearest(path.name, (entry.name for entry in path.parent.iterdir()))
-    except OSError:
-        return ""
-    return hint if hint.startswith("; did you mean") else ""  # a folder's whole contents would not help
 
 
 def _manifest_in(folder: Path) -> Path | None:
@@ -236,8 +225,8 @@ def _read_jsonl(path: Path) -> Columns:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: a row is a JSON object, but this is a {type(row).__name__}")
             for key in row:

@@ -17,7 +17,7 @@ from mmssl.engine import Engine, StepResult
 from mmssl.engine.finite import NonFiniteSamples
 from mmssl.engine.progress import Progressbar, memory_gb
 from mmssl.engine.schedule import WarmupCosine
-from mmssl.errors import MmsslError, NonFiniteLoss, Stopped, UnusableData
+from mmssl.errors import MmsslError, NonFiniteLoss, Stopped, UnusableData, is_out_of_memory
 
 Loaded = tuple[Batch, list[tuple[int, str]]]
 
@@ -110,7 +110,7 @@ def train(
                 broken = hooks.broken(index, reason)
             last = done == limits.steps
             news = None
-            if done % limits.log_every == 0 or last:
+            if done % limits.log_every == 0 or last or step == start:
                 line = meter.line(council, limits.batch_size)
                 news = summary(line, engine.device)
                 hooks.log({"step": done, "lr": schedule(step), **line})
@@ -118,7 +118,7 @@ def train(
             if broken > limits.max_broken:
                 raise UnusableData(
                     f"{broken} files are broken, more than data.max_bad_fraction allows ({limits.max_broken}); "
-                    "the ledger names them"
+                    "ledger.jsonl in the run folder names them; mend or remove them, or raise the fraction"
                 )
             every = limits.checkpoint_steps
             if last or signals or timer or (every is not None and done % every == 0):
@@ -127,7 +127,8 @@ def train(
             if signals and not last:
                 signum = stop[0] or signal.SIGTERM
                 raise Stopped(
-                    f"stopped at step {done} of {limits.steps} after a checkpoint; --resume continues", signum
+                    f"stopped at step {done} of {limits.steps} after a checkpoint; add --resume to go on",
+                    signum,
                 )
     assert written == limits.steps
 
@@ -189,8 +190,7 @@ def sentences(bar: Progressbar, limits: Limits, hooks: Hooks) -> Iterator[None]:
         more = f" and {len(error.samples) - 8} more" if len(error.samples) > 8 else ""
         raise NonFiniteLoss(f"at step {bar.step + 1} {error}; its samples: {names}{more}") from None
     except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-        if not out_of_memory:
+        if not is_out_of_memory(error):
             raise
         micro = limits.batch_size // limits.accumulate
         raise MmsslError(

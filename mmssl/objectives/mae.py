@@ -43,7 +43,7 @@ class MAE(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.mask_ratio, self.mask = mask_ratio, mask
+        self._draw = MASKS[mask](encoder.tokenizer.grid, mask_ratio)
 
     def encoders(self) -> dict[str, EncoderModule]:
         """Return the encoder, by its modality."""
@@ -51,7 +51,7 @@ class MAE(nn.Module):
 
     def draw(self) -> Draw:
         """Return the mask that the data workers draw for each sample."""
-        return MASKS[self.mask](self.encoder.tokenizer.grid, self.mask_ratio)
+        return self._draw
 
     def forward(self, batch: Batch) -> Step:
         """Return the mean squared error over the masked patches of ``signal`` [B, C, *size]."""

@@ -113,3 +113,32 @@ def test_nothing_in_the_folder_is_a_pickle(folder):
         "model.safetensors", "config.json", "preprocess.json", "README.md",
     }  # fmt: skip
     assert np.all([b"\x80\x04" not in path.read_bytes()[:4] for path in folder.iterdir()])
+
+
+def test_one_input_of_any_kind_is_enough(folder):
+    encoder = load(folder)
+    picture = PIL.Image.effect_noise((20, 30), 80).convert("RGB")
+    alone = encoder.embed(picture)
+    assert torch.equal(alone, encoder.embed([picture]))
+    assert torch.allclose(encoder.embed(encoder.transform(picture)), alone, atol=1e-6)
+    with pytest.raises(ValueError, match="preprocessed float signal"):
+        encoder.embed(torch.zeros(2, 3, 16, 24, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="batch_size"):
+        encoder.embed([picture], batch_size=0)
+
+
+def test_settings_that_do_not_go_together_are_a_sentence(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"cls_token": False, "pool": "cls"}, {"tokenizer": {"patch_size": [5, 4]}}):
+        (folder / "config.json").write_text(json.dumps({**config, "model": {**config["model"], **change}}))
+        with pytest.raises(UserError, match="cls_token|multiple of patch size"):
+            load(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="not a mapping"):
+        load(folder)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_an_opened_picture_of_any_mode_is_embedded(folder, mode):
+    picture = PIL.Image.effect_noise((20, 30), 80).convert("RGB").convert(mode)
+    assert load(folder).embed([picture]).shape == (1, 32)

@@ -148,7 +148,7 @@ MISTAKES = {
     "pretrain image-mae-tiny --data {photos} --out {run}": "is not empty; give --resume",
     "pretrain image-mae-tiny --data {photos} --out {new} --resume": "is not a run folder",
     "pretrain image-mae-tiny --data {photos} --out {new} --split train": "split",
-    "pretrain image-mae-tiny --data {photos} --out {new} train.stepz=1": "did you mean 'steps'?",
+    "pretrain image-mae-tiny --data {photos} --out {new} train.stepz=1": "did you mean 'train.steps'?",
     "pretrain image-mae-tiny --data {photos} --out {new} train.steps=x": "train.steps",
     "pretrain image-mae-tiny --data {photos} --out {new} train.init_from={photos}": "neither an encoder folder nor a run",
     "pretrain image-mae-tiny --data {photos} --out {new} train.engine=torch --deepspeed_config zero2": "one process",
@@ -163,6 +163,20 @@ MISTAKES = {
     "finetune {run} --train {photos}/train --test {photos}/test --out {new} --labels 5": "--labels 5: give a percentage",
     "finetune {run} --train {photos}/train --test {photos}/test --out {new} --shots 999": "--shots 999: give a number",
     "finetune {run} --train {photos}/train --test {photos}/test --out {new} --shots 2 --labels 5%": "exclude each other",
+    "finetune {run} --train {photos}/train --test {photos}/test --out {new} --scratch train.init_from={run}": "train.init_from cannot be set here",
+    "finetune {run} --train {photos}/train --test {photos}/test --out {new} objective.classes=[a,b]": "objective.classes cannot be set here",
+    "finetune {run} --train {photos}/train --test {photos}/test --out {new} --shots 2 train.seed=-1": "train.seed",
+    "knn {run} --train {photos}/train --test {photos}/test --temperature nan": "temperature",
+    "knn {run} --train {photos}/train --test {photos}/test/../train": "in both the training and the test set",
+    "linear-probe {run} --train {photos}/train --test {photos}/test --seed -1": "--seed",
+    "linear-probe {run} --train {photos}/train --test {photos}/test --out {run}/config.yaml": "config.yaml",
+    "data check {photos} --workers -3": "--workers",
+    "data check {photos} --ledger {empty}": "empty",
+    "pretrain image-mae-tiny --data {photos} --out {new} signal.size=32 model.tokenizer.patch_size=32": "at least 2 tokens",
+    "pretrain image-mae-tiny --data {photos} --out {new} data.timeout=1e10": "data.timeout",
+    "pretrain image-mae-tiny --data {photos} --out {new} objective.name=[mae]": "is not an objective",
+    "pretrain image-mae-tiny --data {photos} --out {new} modality=[image]": "is not a modality",
+    "pretrain image-mae-tiny --data {photos} --out {new} train.batch_size=99999999999": "train.batch_size",
     "embed {run} {photos} --out {new}.csv": "must end in .parquet",
     "embed {run} {photos}": "Missing option '--out'",
     "data check {photos} --modality imge": "did you mean 'image'?",
@@ -184,6 +198,19 @@ def test_a_mistake_gets_one_sentence_and_exit_2(ask, run, photos, tmp_path, line
     assert err.count("\n") == 1
     assert out == ""
     assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_argument_and_too_much_memory_are_sentences(ask):
+    code, _, err = ask("pretrain", "image-mae-tiny", "--data", "")
+    assert code == 2
+    assert "an argument is empty" in err
+    code, _, err = ask("pretrain", "image-mae-tiny", "--dry-run", "model.backbone.dim=1000000000")
+    assert code == 1
+    assert "out of memory" in err
+
+
+def test_the_version(ask):
+    assert ask("--version")[:2] == (0, "0.1.0\n")
 
 
 def test_the_local_rank_of_the_launcher_is_accepted(ask):

@@ -13,7 +13,15 @@ from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UnusableData, UserError
 from modalities.encoder import Encoder, EncoderConfig, typed
 from tasks.embed import embed
-from tasks.features import RawPixels, _Files, class_targets, default_cache, extract, labelled_features
+from tasks.features import (
+    RawPixels,
+    _Files,
+    class_targets,
+    commonest_share,
+    default_cache,
+    extract,
+    labelled_features,
+)
 
 PNG = frozenset({".png"})
 
@@ -232,3 +240,8 @@ def test_embed_refuses_an_impossible_name_before_it_computes(encoder, pictures, 
     with pytest.raises(UserError, match=words):
         embed(encoder, pictures("data", 1), tmp_path / out)
     assert encoder.seen == 0
+
+
+def test_the_score_of_guessing_the_commonest_class():
+    assert commonest_share([0, 1, 1, 2], [1, 1, 0, 2, 1]) == 0.6
+    assert commonest_share([0, 0, 1, 1], [0, 1, 1, 1]) == 0.25

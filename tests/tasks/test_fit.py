@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mmssl.engine.torch_engine import TorchEngine
 from mmssl.errors import MmsslError, NonFiniteLoss, Stopped, UnusableData, UserError
 from mmssl.run import Run
 from modalities.encoder import load
+from tasks.build import load_recipe
 from tasks.fit import load_objective
 from tasks.pretrain import pretrain
 
@@ -239,7 +241,7 @@ def test_signals_checkpoint_and_give_their_exit_code(tmp_path, command, number, 
         process.send_signal(number)
         error = process.communicate(timeout=60)[1]
     assert process.returncode == code, error
-    assert "after a checkpoint; --resume continues" in error
+    assert "after a checkpoint; add --resume to go on" in error
     assert "Traceback" not in error
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "stopped"
@@ -356,3 +358,46 @@ def test_bf16_is_close_and_keeps_fp32_weights(straight, tmp_path, photos, tiny_s
     assert not torch.equal(a, b)
     torch.testing.assert_close(a, b, atol=2e-2, rtol=0)
     assert {tensor.dtype for tensor in weights(tmp_path / "run", 12).values()} == {torch.float32}
+
+
+def test_a_kill_between_a_checkpoint_and_its_export_is_mended_by_resuming(straight, tmp_path, photos, tiny_settings):
+    out = shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(out / "objective")
+    stale = out / "encoder" / "model.safetensors"
+    fresh = stale.read_bytes()
+    stale.write_bytes((straight / "objective" / "model.safetensors").read_bytes())
+    pretrain("image-mae-tiny", photos, out, tiny_settings, resume=True)
+    assert stale.read_bytes() == fresh
+    assert (out / "objective" / "model.safetensors").exists()
+
+
+def test_two_processes_never_write_one_run(straight, tmp_path, photos, tiny_settings):
+    out = shutil.copytree(straight, tmp_path / "run")
+    other = Run(out)
+    other.hold()
+    with pytest.raises(UserError, match="another process is writing this run"):
+        pretrain("image-mae-tiny", photos, out, tiny_settings, resume=True)
+    other.release()
+    pretrain("image-mae-tiny", photos, out, tiny_settings, resume=True)
+
+
+def test_a_longer_run_says_that_the_schedule_changes(straight, tmp_path, photos, tiny_settings, capfd):
+    out = shutil.copytree(straight, tmp_path / "run")
+    pretrain("image-mae-tiny", photos, out, {**tiny_settings, "train.steps": 14}, resume=True)
+    assert "14 steps instead of 12: the learning rate follows the new schedule" in capfd.readouterr().err
+    assert len(losses(out)) == 14
+
+
+def test_overrides_reach_a_recipe_object_too(tmp_path, photos, tiny_settings):
+    recipe = load_recipe("image-mae-tiny", tiny_settings)
+    assert pretrain(recipe, photos, tmp_path / "run", {"train.steps": 2}).steps == 2
+    with pytest.raises(UserError, match=r"did you mean 'train\.steps'"):
+        pretrain(recipe, photos, tmp_path / "x", {"train.stepz": 2})
+
+
+def test_file_names_of_any_bytes_are_trained_on(tmp_path, tiny_settings):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    for i, name in enumerate((b"\xff\xfe", b"a b=c", "ü\n".encode(), b"-x")):
+        PIL.Image.new("RGB", (20, 20), (60 * i, 9, 9)).save(os.fsdecode(bytes(folder) + b"/" + name + b".png"))
+    pretrain("image-mae-tiny", folder, tmp_path / "run", {**tiny_settings, "train.steps": 2})

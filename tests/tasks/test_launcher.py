@@ -60,5 +60,5 @@ def test_a_mistake_under_the_launcher_is_said_once(tmp_path, photos):
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode != 0
-    assert said.count("'train.stepz' is not a key; did you mean 'steps'?") == 1
+    assert said.count("'train.stepz' is not a key; did you mean 'train.steps'?") == 1
     assert not (tmp_path / "x").exists()

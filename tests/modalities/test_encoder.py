@@ -131,7 +131,7 @@ def test_settings_that_do_not_go_together_are_a_sentence(folder):
     config = json.loads((folder / "config.json").read_text())
     for change in ({"cls_token": False, "pool": "cls"}, {"tokenizer": {"patch_size": [5, 4]}}):
         (folder / "config.json").write_text(json.dumps({**config, "model": {**config["model"], **change}}))
-        with pytest.raises(UserError, match="cls_token|multiple of patch size"):
+        with pytest.raises(UserError, match=r"cls_token|multiple of patch size"):
             load(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(UserError, match="not a mapping"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -74,7 +75,7 @@ class DemoResult:
 
     def render(self, console: Console) -> None:
         """Print the table and where to look next."""
-        table = RichTable(title="accuracy on test pictures", title_justify="left", title_style="bold")
+        table = RichTable(title="accuracy on test pictures", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
         for column in ("", "starting from", *self.columns):
             table.add_column(column)
         for (method, start), scores in self.rows.items():

@@ -33,15 +33,16 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
         "Samples per second": f"{np.median(rates):,.0f}",
         "Waiting for data": f"{100 * float(np.mean(waits)):.0f} %",
         "Parameters": f"{cost.parameters:,}",
-        "Forward pass per sample": flop_text(cost.gflop_forward),
+        **flops(cost.gflop_forward),
         "Samples seen": f"{metrics[-1]['samples']:,}",
     }
     return [*sections, Facts("Cost", facts), Code("Recipe", recipe.as_yaml())]
 
 
-def flop_text(gflop: float) -> str:
-    """Return a number of operations with a unit that suits its size."""
-    return f"{gflop:.3g} GFLOP" if gflop >= 1 else f"{1000 * gflop:.3g} MFLOP"
+def flops(gflop: float) -> dict[str, str]:
+    """Return a number of operations under a name whose unit suits its size."""
+    unit, number = ("GFLOP", gflop) if gflop >= 1 else ("MFLOP", 1000 * gflop)
+    return {f"{unit} per sample, forward": f"{number:.3g}"}
 
 
 def reconstructions(

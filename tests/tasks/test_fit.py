@@ -400,4 +400,4 @@ def test_file_names_of_any_bytes_are_trained_on(tmp_path, tiny_settings):
     folder.mkdir()
     for i, name in enumerate((b"\xff\xfe", b"a b=c", "ü\n".encode(), b"-x")):
         PIL.Image.new("RGB", (20, 20), (60 * i, 9, 9)).save(os.fsdecode(bytes(folder) + b"/" + name + b".png"))
-    pretrain("image-mae-tiny", folder, tmp_path / "run", {**tiny_settings, "train.steps": 2})
+    assert pretrain("image-mae-tiny", folder, tmp_path / "run", {**tiny_settings, "train.steps": 2}).broken == 0

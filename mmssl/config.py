@@ -169,7 +169,7 @@ class UniqueKeys(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; raises UserError with file and line where it is not one."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)  # a SafeLoader
+        data = UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

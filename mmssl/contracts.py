@@ -5,7 +5,7 @@ P values per patch, D embedding width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel
@@ -133,7 +133,8 @@ class Progress(NamedTuple):
     steps: int
 
 
-class Reconstructs(Protocol):
+@runtime_checkable
+class Reconstructs(Objective, Protocol):
     """An objective that can show what it predicts."""
 
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ Masks are drawn per sample in the data workers from the sample's own generator, 
 has the same mask on any device, world size, worker count or after a resume.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -12,13 +12,6 @@ from torch import Tensor
 from mmssl.contracts import Grid
 
 MaskKind = Literal["random"]
-
-
-class Mask(NamedTuple):
-    """Kept [B, K] and dropped [B, M] token indices, int64, equal counts in every row; together all N tokens."""
-
-    keep: Tensor
-    drop: Tensor
 
 
 def kept_tokens(tokens: int, ratio: float) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmssl.backbones.vit import ViTConfig
 from mmssl.config import Piece, validate
-from mmssl.contracts import Grid, Modality, Tokenizer
+from mmssl.contracts import Backbone, Grid, Modality, Tokenizer
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.errors import UnusableData, UserError, nearest, sibling
 from mmssl.files import replacing_folder, save_tensors, write_json
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         self.config, self.kind = config, kind
         self.modality, self.pooling = config.modality, model.pool
         self._tokenizer = kind.tokenizer(config.signal, model.tokenizer, model.backbone.dim)
-        self.backbone = model.backbone.build()
+        self.backbone: Backbone = model.backbone.build()
         self.dim = self.backbone.dim
         self.num_prefix = int(model.cls_token)
         if model.pool == "cls" and not model.cls_token:
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         if self.cls_token is not None:
             prefix = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
             tokens = torch.cat([prefix, tokens], dim=1)
-        return self.backbone(tokens, None, seeds)  # type: ignore[no-any-return]
+        return self.backbone(tokens, None, seeds)
 
     def pool(self, latent: Tensor) -> Tensor:
         """Pool [B, num_prefix + N, dim] to [B, dim]: the mean of the patch tokens, or the class token."""

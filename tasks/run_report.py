@@ -3,11 +3,12 @@
 import numpy as np
 import torch
 
+from mmssl.contracts import Reconstructs
 from mmssl.data.dataset import Key, Samples, collate
 from mmssl.data.listing import Listing
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
-from tasks.build import Recipe, as_objective, measure_cost
+from tasks.build import Recipe, measure_cost
 from tasks.fit import load_objective
 from tasks.report import Code, Curve, Facts, Pictures, Section
 
@@ -23,7 +24,7 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
     if "accuracy" in metrics[-1]:
         accuracy = [record["accuracy"] for record in metrics]
         sections.append(Curve("Accuracy", "step", "accuracy on training batches", {"training": (steps, accuracy)}))
-    if hasattr(objective, "reconstruct"):
+    if isinstance(objective, Reconstructs):
         sections += reconstructions(recipe, objective, shown, held_out)
     cost = measure_cost(recipe, objective)
     rates = [record["samples_per_s"] for record in metrics]
@@ -46,7 +47,7 @@ def flops(gflop: float) -> dict[str, str]:
 
 
 def reconstructions(
-    recipe: Recipe, objective: torch.nn.Module, shown: Listing, held_out: bool, most: int = 8
+    recipe: Recipe, objective: Reconstructs, shown: Listing, held_out: bool, most: int = 8
 ) -> list[Pictures]:
     """Return (input, masked, reconstruction) triplets of files spread evenly over ``shown``."""
     kind = MODALITIES[recipe.modality]
@@ -54,12 +55,12 @@ def reconstructions(
     picks = np.linspace(0, len(shown) - 1, min(most, len(shown))).astype(int).tolist()
     samples = Samples(
         [shown.paths[i] for i in picks], kind.decode, lambda decoded, _rng: transform(decoded),
-        as_objective(objective).draw(), recipe.train.seed, recipe.data.timeout,
+        objective.draw(), recipe.train.seed, recipe.data.timeout,
     )  # fmt: skip
     batch, _ = collate([samples[Key(0, i)] for i in range(len(picks))])
     if not batch:  # so many broken files that there is nothing to show
         return []
-    filled, hidden = objective.reconstruct(batch)  # type: ignore[operator]
+    filled, hidden = objective.reconstruct(batch)
     grey = torch.zeros_like(filled)
     rows = []
     for signal, prediction, mask in zip(batch["signal"], filled, hidden, strict=True):

@@ -29,7 +29,7 @@ def attention_kernel(kernel: Kernel) -> Iterator[None]:
 def choose_kernel(device: str, dtype: torch.dtype, tokens: int) -> Kernel:
     """Return the faster kernel: SDPA, but for short bf16 sequences on a CPU with AMX, where plain products win.
 
-    Without AMX, SDPA was measured 1.0 to 1.9 x faster in fp32 and 2.5 to 5 x in bf16, from 5 to 197 tokens.
+    Without AMX, SDPA was measured 1.1 to 4.4 x faster in fp32 and 3 to 4.8 x in bf16 (benchmarks/attention.py).
     """
     short = device == "cpu" and dtype == torch.bfloat16 and tokens < 200
     return "naive" if short and torch.cpu._is_amx_tile_supported() else "sdpa"

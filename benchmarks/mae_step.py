@@ -136,7 +136,7 @@ def build(shape: Shape) -> tuple[MAE, ViTMAEForPreTraining]:
 def make_batch(ours: MAE, batch_size: int, size: int) -> Batch:
     """Return pictures of noise with masks: what is in them does not change the time."""
     draw, rng = ours.draw(), np.random.default_rng(0)
-    masks = [draw(rng) for _ in range(batch_size)]
+    masks = [draw(rng, ours.encoder.tokenizer.grid) for _ in range(batch_size)]
     batch = {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}
     return {"signal": torch.randn(batch_size, 3, size, size), **batch}
 

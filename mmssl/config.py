@@ -48,6 +48,9 @@ class DataConfig(Piece):
 
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Data worker processes per rank; auto is one less than the cores of a rank, at most 8. Never changes a result."""
+    repeats: Annotated[int, Field(gt=0)] = 1
+    """Training samples (crops, clips) made of a file each time it is opened (Hoffer et al., arXiv:1901.09335). Each
+    counts as a sample of the batch; an epoch still opens every file once, so it has as many times more steps."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Fraction of the files that may be broken before pre-training stops with exit code 3."""
     timeout: Annotated[float, Field(gt=0, le=86400)] = 30.0
@@ -135,7 +138,7 @@ class TrainConfig(Piece):
         return self
 
     def total_steps(self, samples: int) -> int:
-        """Return the run's optimiser steps on ``samples`` files, at least 1."""
+        """Return the run's optimiser steps where an epoch has ``samples`` samples, at least 1."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None

@@ -5,7 +5,7 @@ P values per patch, D embedding width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel
@@ -22,8 +22,18 @@ An objective uses the keys that it needs.
 Grid: TypeAlias = tuple[int, ...]
 """The token lattice: (h, w), (t, h, w), (f, t) or (n,)."""
 
-Draw: TypeAlias = Callable[[np.random.Generator], dict[str, np.ndarray[Any, Any]]]
-"""What an objective draws per sample (masks, permutations ...); runs in the data worker, so it must be picklable."""
+Size: TypeAlias = tuple[int, ...]
+"""The extent of a signal without its channels: (h, w) in pixels, (t, h, w) ..."""
+
+Draw: TypeAlias = Callable[[np.random.Generator, Grid], dict[str, np.ndarray[Any, Any]]]
+"""What an objective draws per sample (masks, permutations ...), given the sample's token grid.
+
+It runs in the data worker, so it must be picklable, and every sample of a batch gets arrays of the same shapes."""
+
+Views: TypeAlias = Callable[[str, Sequence[np.random.Generator], Size], list[Tensor]]
+"""Reads a file once and makes one training signal float32 [C, *size] per generator, drawing from that alone.
+
+Raises BrokenFile, and must be picklable."""
 
 
 class Step(NamedTuple):
@@ -48,8 +58,8 @@ class Tokenizer(Protocol):
         """Cut [B, C, *size] into [B, N, P] without learning anything."""
         ...
 
-    def grid_of(self, signal: Tensor) -> Grid:
-        """Return the grid of [B, C, *size]."""
+    def grid_of(self, size: Size) -> Grid:
+        """Return the grid of signals [B, C, *size]; raises ValueError where patches do not fit."""
         ...
 
     def embed(self, patches: Tensor, index: Tensor | None = None, grid: Grid | None = None) -> Tensor:
@@ -82,6 +92,10 @@ class Backbone(Protocol):
         """
         ...
 
+    def layers(self, tokens: Tensor, seeds: Tensor | None = None) -> list[Tensor]:
+        """Return the output of every block, each put through the final norm: tensors [B, K, D]."""
+        ...
+
 
 class EncoderModule(Protocol):
     """What survives pre-training: tokenizer, backbone and pooling. An ``nn.Module``."""
@@ -89,6 +103,7 @@ class EncoderModule(Protocol):
     modality: str
     dim: int
     num_prefix: int
+    pooling: Literal["mean", "cls"]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -99,6 +114,10 @@ class EncoderModule(Protocol):
         self, patches: Tensor, index: Tensor | None = None, seeds: Tensor | None = None, grid: Grid | None = None
     ) -> Tensor:
         """Encode the patches [B, N, P] at ``index`` [B, K]: [B, num_prefix + K, D]."""
+        ...
+
+    def layers(self, signal: Tensor, seeds: Tensor | None = None) -> list[Tensor]:
+        """Return what every block puts out for whole signals [B, C, *size]: tensors [B, num_prefix + N, D]."""
         ...
 
     def pool(self, latent: Tensor) -> Tensor:
@@ -165,12 +184,20 @@ class Modality(Protocol):
         """Decode a file; raises BrokenFile. Must be picklable as a bound method."""
         ...
 
-    def train_transform(self, signal: Any) -> Callable[[Any, np.random.Generator], Tensor]:
-        """Return what makes a decoded file a training signal, float32 [C, *size], drawing from the generator only."""
+    def sizes(self, signal: Any) -> Sequence[Size]:
+        """Return the sizes that signals may have; the first is the encoder's own. More than one means buckets."""
+        ...
+
+    def bucket(self, path: str, signal: Any) -> int:
+        """Return which of ``sizes`` suits a file, from its header alone; 0 for a file that cannot be read."""
+        ...
+
+    def views(self, signal: Any) -> Views:
+        """Return what reads a file and makes training signals of it."""
         ...
 
     def eval_transform(self, signal: Any) -> Callable[[Any], Tensor]:
-        """Return what makes a decoded file an evaluation signal, float32 [C, *size]."""
+        """Return what makes a decoded file an evaluation signal, float32 [C, *size] of the size that suits it."""
         ...
 
     def tokenizer(self, signal: Any, tokenizer: Any, dim: int) -> Tokenizer:

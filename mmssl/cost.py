@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmssl.backbones.blocks import attention_kernel
-from mmssl.contracts import Batch, Draw
+from mmssl.contracts import Batch, Draw, Grid
 
 BYTES = 4
 
@@ -36,8 +36,8 @@ class Cost:
         return self.parameters * BYTES * (5 if ema else 4) + self.activation_bytes * samples
 
 
-def sample_batch(signal_shape: tuple[int, ...], draw: Draw | None) -> Batch:
-    """Return a batch of one synthetic sample with signal [1, C, *size]."""
+def sample_batch(signal_shape: tuple[int, ...], draw: Draw | None, grid: Grid) -> Batch:
+    """Return a batch of one synthetic sample with signal [1, C, *size] and token grid ``grid``."""
     rng = np.random.default_rng(0)
     batch: Batch = {
         "signal": torch.from_numpy(rng.standard_normal((1, *signal_shape), dtype=np.float32)),
@@ -45,7 +45,7 @@ def sample_batch(signal_shape: tuple[int, ...], draw: Draw | None) -> Batch:
         "seed": torch.zeros(1, dtype=torch.int64),
         "target": torch.zeros(1, dtype=torch.int64),
     }
-    return batch | {name: torch.from_numpy(value)[None] for name, value in (draw(rng) if draw else {}).items()}
+    return batch | {name: torch.from_numpy(value)[None] for name, value in (draw(rng, grid) if draw else {}).items()}
 
 
 def measure(objective: nn.Module, batch: Batch) -> Cost:

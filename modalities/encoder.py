@@ -48,6 +48,20 @@ class EncoderConfig(Piece):
 C = TypeVar("C", bound=EncoderConfig)
 
 
+def in_groups(signals: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return the rows of ``function([B, C, *size])`` for signals [C, *size], in their order.
+
+    Signals of one size go through together, and nothing is padded.
+    """
+    groups: dict[torch.Size, list[int]] = {}
+    for i, signal in enumerate(signals):
+        groups.setdefault(signal.shape, []).append(i)
+    rows: dict[int, Tensor] = {}
+    for group in groups.values():
+        rows.update(zip(group, function(torch.stack([signals[i] for i in group])), strict=True))
+    return [rows[i] for i in range(len(signals))]
+
+
 def typed(base: type[C], modality: str, where: str, **fields: Any) -> type[C]:
     """Return ``base`` with ``signal`` and ``model.tokenizer`` typed by the modality, and further typed ``fields``."""
     if not isinstance(modality, str) or modality not in MODALITIES:
@@ -72,7 +86,8 @@ class Encoder(nn.Module):
         super().__init__()
         kind, model = MODALITIES[config.modality], config.model
         self.config, self.kind = config, kind
-        self.modality, self.pooling = config.modality, model.pool
+        self.modality = config.modality
+        self.pooling: Literal["mean", "cls"] = model.pool
         self._tokenizer = kind.tokenizer(config.signal, model.tokenizer, model.backbone.dim)
         self.backbone: Backbone = model.backbone.build()
         self.dim = self.backbone.dim
@@ -100,11 +115,13 @@ class Encoder(nn.Module):
         self, patches: Tensor, index: Tensor | None = None, seeds: Tensor | None = None, grid: Grid | None = None
     ) -> Tensor:
         """Encode the patches [B, N, P] at ``index`` [B, K] (all if None): [B, num_prefix + K, dim]."""
+        return self.backbone(self._embed(patches, index, grid), None, seeds)
+
+    def _embed(self, patches: Tensor, index: Tensor | None, grid: Grid | None) -> Tensor:
         tokens = self._tokenizer.embed(patches, index, grid)
-        if self.cls_token is not None:
-            prefix = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
-            tokens = torch.cat([prefix, tokens], dim=1)
-        return self.backbone(tokens, None, seeds)
+        if self.cls_token is None:
+            return tokens
+        return torch.cat([self.cls_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens], dim=1)
 
     def pool(self, latent: Tensor) -> Tensor:
         """Pool [B, num_prefix + N, dim] to [B, dim]: the mean of the patch tokens, or the class token."""
@@ -120,7 +137,7 @@ class Encoder(nn.Module):
         self.eval()
         try:
             signal = signal.to(self.device, torch.float32)
-            return self(self._tokenizer.patches(signal), grid=self._tokenizer.grid_of(signal))  # type: ignore[no-any-return]
+            return self(self._tokenizer.patches(signal), grid=self._tokenizer.grid_of(signal.shape[2:]))  # type: ignore[no-any-return]
         finally:
             self.train(training)
 
@@ -140,30 +157,40 @@ class Encoder(nn.Module):
         ``inputs`` is a list of paths, decoded signals (PIL pictures) or preprocessed float tensors [C, *size]; or one
         such tensor [n, C, *size]; or one of any of these. Raises UnusableData naming the first file that is broken.
         """
-        vectors = [self.features(batch).cpu() for batch in self._batches(inputs, batch_size)]
-        return torch.cat(vectors) if vectors else torch.empty(0, self.dim)
+        vectors: list[Tensor] = []
+        for signals in self._batches(inputs, batch_size):
+            vectors += in_groups(signals, lambda batch: self.features(batch).cpu())
+        return torch.stack(vectors) if vectors else torch.empty(0, self.dim)
 
     @torch.no_grad()
     def tokens(self, inputs: Any, batch_size: int = 64) -> tuple[Tensor, Grid]:
-        """Return one vector per patch, float32 [n, N, dim] on the CPU, and their grid; inputs as ``embed``."""
-        parts, grid = [], self._tokenizer.grid
-        for batch in self._batches(inputs, batch_size):
-            grid = self._tokenizer.grid_of(batch)
-            parts.append(self._latent(batch)[:, self.num_prefix :].float().cpu())
-        return torch.cat(parts) if parts else torch.empty(0, 0, self.dim), grid
+        """Return one vector per patch, float32 [n, N, dim] on the CPU, and their grid; inputs as ``embed``.
 
-    def _batches(self, inputs: Any, batch_size: int) -> Iterator[Tensor]:
+        Raises ValueError where the inputs have different grids.
+        """
+        parts: list[Tensor] = []
+        grids: set[Grid] = set()
+        for signals in self._batches(inputs, batch_size):
+            grids |= {self._tokenizer.grid_of(signal.shape[1:]) for signal in signals}
+            if len(grids) > 1:
+                raise ValueError(f"the inputs have different token grids ({sorted(grids)}): ask for one at a time")
+            parts.append(self._latent(torch.stack(signals))[:, self.num_prefix :].float().cpu())
+        return torch.cat(parts) if parts else torch.empty(
+            0, 0, self.dim
+        ), grids.pop() if grids else self._tokenizer.grid
+
+    def _batches(self, inputs: Any, batch_size: int) -> Iterator[list[Tensor]]:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but got {batch_size}")
         single = inputs.ndim == 1 + len(self._tokenizer.grid) if isinstance(inputs, Tensor) else False
         if single or not isinstance(inputs, Sequence | Tensor) or isinstance(inputs, str):
             inputs = [inputs]
         for start in range(0, len(inputs), batch_size):
-            part = inputs[start : start + batch_size]
-            batch = part if isinstance(part, Tensor) else torch.stack([self._signal(item) for item in part])
-            if not batch.is_floating_point():
-                raise ValueError(f"a tensor must be a preprocessed float signal, but this one is {batch.dtype}")
-            yield batch
+            signals = [self._signal(item) for item in inputs[start : start + batch_size]]
+            for signal in signals:
+                if not signal.is_floating_point():
+                    raise ValueError(f"a tensor must be a preprocessed float signal, but this one is {signal.dtype}")
+            yield signals
 
     def _signal(self, item: Any) -> Tensor:
         if isinstance(item, Tensor):
@@ -174,6 +201,14 @@ class Encoder(nn.Module):
             except BrokenFile as error:
                 raise UnusableData(f"{item}: {error.reason}") from None
         return self.transform(item)
+
+    def layers(self, signal: Tensor, seeds: Tensor | None = None) -> list[Tensor]:
+        """Return what every block puts out for signals [B, C, *size]: tensors [B, num_prefix + N, dim], normalised.
+
+        Each goes through the final norm, as in DINO's evaluation, so the last one is what ``forward`` returns.
+        """
+        grid = self._tokenizer.grid_of(signal.shape[2:])
+        return self.backbone.layers(self._embed(self._tokenizer.patches(signal), None, grid), seeds)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over weights and preprocessing: what two encoders share if they embed alike."""

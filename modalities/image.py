@@ -6,7 +6,7 @@ Shapes: a signal is float32 [3, h, w], normalised per channel; sizes in a recipe
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmssl.backbones.positions import PositionKind
 from mmssl.config import Piece
+from mmssl.contracts import Size, Views
 from mmssl.data.guard import BrokenFile, guarded
 from modalities.patches import PatchTokenizer, TargetKind
 
@@ -53,7 +54,10 @@ class ImageSignal(Piece):
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Training: least and greatest fraction of the picture's area in a crop (MAE, arXiv:2111.06377, table 8)."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Training: least and greatest width / height of a crop before it is resized (Inception, arXiv:1409.4842)."""
+    """Training: least and greatest width / height of a crop over that of ``size`` (Inception, arXiv:1409.4842)."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Further sizes [height, width]. Each picture is cropped to the one, ``size`` included, whose aspect ratio is
+    nearest to its own, and a batch holds pictures of one size."""
     flip: bool = True
     """Training: mirror every other picture left to right."""
     resize_ratio: float = 0.875
@@ -67,6 +71,18 @@ class ImageSignal(Piece):
     @classmethod
     def _square(cls, value: Any) -> Any:
         return _pair(value)
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _squares(cls, value: Any) -> Any:
+        return [_pair(size) for size in value] if isinstance(value, list | tuple) else value
+
+    @field_validator("buckets")
+    @classmethod
+    def _positive_sizes(cls, value: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        if any(side <= 0 for size in value for side in size):
+            raise ValueError(f"every side must be greater than 0, but got {[list(size) for size in value]}")
+        return value
 
     @field_validator("size", "std")
     @classmethod
@@ -91,6 +107,11 @@ class ImageSignal(Piece):
         if not 0 < value <= 1:
             raise ValueError(f"is the share of a side that is kept, above 0 and at most 1, but got {value}")
         return value
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """All sizes that signals may have, the encoder's own first."""
+        return self.size, *self.buckets
 
 
 class ImageTokenizer(Piece):
@@ -135,17 +156,38 @@ class Image:
         """Return height and width in pixels."""
         return decoded.height, decoded.width
 
-    def train_transform(self, signal: ImageSignal) -> Callable[[PIL.Image.Image, np.random.Generator], Tensor]:
-        """Return a picklable random resized crop and flip: RGB picture, generator -> float32 [3, h, w]."""
-        return _TrainTransform(signal)
+    def sizes(self, signal: ImageSignal) -> tuple[tuple[int, int], ...]:
+        """Return ``size`` and the buckets' sizes."""
+        return signal.sizes
+
+    def bucket(self, path: str, signal: ImageSignal) -> int:
+        """Return which of ``sizes`` suits a file, from its header; 0 where that cannot be read."""
+        try:
+            with PIL.Image.open(path, formats=FORMATS) as image:
+                height, width = image.height, image.width
+                # The EXIF orientations from 5 on turn the picture by a quarter.
+                return (
+                    nearest_size(width, height, signal)
+                    if _orientation(image) > 4
+                    else nearest_size(height, width, signal)
+                )
+        except Exception:  # reading it for training will find out what is wrong with it
+            return 0
+
+    def views(self, signal: ImageSignal) -> Views:
+        """Return what reads a picture and makes random resized crops and flips of it."""
+        return _Views(signal)
 
     def eval_transform(self, signal: ImageSignal) -> Callable[[PIL.Image.Image], Tensor]:
         """Return a picklable centre crop: RGB picture -> float32 [3, h, w]."""
         return _EvalTransform(signal)
 
     def tokenizer(self, signal: ImageSignal, tokenizer: ImageTokenizer, dim: int) -> PatchTokenizer:
-        """Return a tokenizer of ``dim`` channels; raises ValueError where patches do not divide the size."""
-        return PatchTokenizer(signal.size, tokenizer.patch_size, 3, dim, tokenizer.positions, tokenizer.target)
+        """Return a tokenizer of ``dim`` channels; raises ValueError where patches do not divide a size."""
+        made = PatchTokenizer(signal.size, tokenizer.patch_size, 3, dim, tokenizer.positions, tokenizer.target)
+        for size in signal.buckets:
+            made.grid_of(size)
+        return made
 
     def picture(self, x: Tensor, signal: ImageSignal) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return a normalised signal [3, h, w] as something to look at: uint8 [h, w, 3]."""
@@ -206,12 +248,17 @@ def _eight_bits(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8
 
 
 @dataclass(frozen=True)
-class _TrainTransform:
+class _Views:
     signal: ImageSignal
 
-    def __call__(self, image: PIL.Image.Image, rng: np.random.Generator) -> Tensor:
-        box = crop_box(image.height, image.width, self.signal, rng)
-        pixels = _resized(image, self.signal.size, box)
+    def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[Tensor]:
+        image = _decode(path)
+        return [self.view(image, rng, size) for rng in rngs]
+
+    def view(self, image: PIL.Image.Image, rng: np.random.Generator, size: Size) -> Tensor:
+        height, width = size
+        box = crop_box(image.height, image.width, self.signal, rng, width / height)
+        pixels = _resized(image, (height, width), box)
         if rng.random() < 0.5 and self.signal.flip:
             pixels = pixels.transpose(Transpose.FLIP_LEFT_RIGHT)
         return _normalised(pixels, self.signal)
@@ -222,22 +269,29 @@ class _EvalTransform:
     signal: ImageSignal
 
     def __call__(self, image: PIL.Image.Image) -> Tensor:
-        return _normalised(
-            _resized(image, self.signal.size, centre_box(image.height, image.width, self.signal)), self.signal
-        )
+        size = self.signal.sizes[nearest_size(image.height, image.width, self.signal)]
+        box = centre_box(image.height, image.width, size, self.signal.resize_ratio)
+        return _normalised(_resized(image, size, box), self.signal)
 
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels of the decoded picture, as Pillow orders them."""
 
 
-def crop_box(height: int, width: int, signal: ImageSignal, rng: np.random.Generator) -> Box:
+def nearest_size(height: int, width: int, signal: ImageSignal) -> int:
+    """Return the index in ``Image.sizes`` of the size whose aspect ratio is nearest; of equals the first."""
+    sizes, ratio = signal.sizes, math.log(width / height)
+    return min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i][1] / sizes[i][0]) - ratio))
+
+
+def crop_box(height: int, width: int, signal: ImageSignal, rng: np.random.Generator, aspect: float = 1.0) -> Box:
     """Draw a crop as the field does: an area, a log-uniform aspect ratio, a place; ten tries until it fits.
 
-    If none fits (a picture far longer than wide), the largest centre crop within ``crop_ratio`` is taken.
-    (Szegedy et al., arXiv:1409.4842, section 6; the fallback is torchvision's.)
+    If none fits (a picture far longer than wide), the largest centre crop within ``crop_ratio`` is taken. ``aspect`` is
+    the width / height that the crop is resized to, and ``crop_ratio`` a distortion of that. (Szegedy et al.,
+    arXiv:1409.4842, section 6; the fallback is torchvision's.)
     """
-    low, high = signal.crop_ratio
+    low, high = (aspect * ratio for ratio in signal.crop_ratio)
     for _ in range(10):
         area = height * width * rng.uniform(*signal.crop_scale)
         ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
@@ -251,13 +305,13 @@ def crop_box(height: int, width: int, signal: ImageSignal, rng: np.random.Genera
     return left, top, left + w, top + h
 
 
-def centre_box(height: int, width: int, signal: ImageSignal) -> Box:
-    """Return what a centre crop of ``signal.size`` shows of a picture resized, aspect kept, to cover it and its margin.
+def centre_box(height: int, width: int, size: tuple[int, int], resize_ratio: float) -> Box:
+    """Return what a centre crop of ``size`` shows of a picture resized, aspect kept, to cover it and its margin.
 
     The resized size and the crop's place are whole numbers, as if both were done one after the other.
     """
-    h, w = signal.size
-    least_h, least_w = round(h / signal.resize_ratio), round(w / signal.resize_ratio)
+    h, w = size
+    least_h, least_w = round(h / resize_ratio), round(w / resize_ratio)
     if least_h * width >= least_w * height:
         resized_h, resized_w = least_h, least_h * width // height
     else:

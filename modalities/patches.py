@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mmssl.backbones.blocks import init_linear
 from mmssl.backbones.positions import PositionKind, Positions
-from mmssl.contracts import Grid
+from mmssl.contracts import Grid, Size
 from mmssl.masking import gather
 
 TargetKind = Literal["normalized", "raw"]
@@ -20,7 +20,7 @@ class PatchTokenizer(nn.Module):
 
     def __init__(
         self,
-        size: tuple[int, ...],
+        size: Size,
         patch_size: tuple[int, ...],
         channels: int,
         dim: int,
@@ -34,23 +34,20 @@ class PatchTokenizer(nn.Module):
         self.patch_dim = channels
         for p in patch_size:
             self.patch_dim *= p
-        self.grid: Grid = self._grid(self.size)
+        self.grid: Grid = self.grid_of(self.size)
         self.proj = nn.Linear(self.patch_dim, dim)
         self.positions = Positions(self.grid, dim, positions)
         init_linear(self.proj)
 
-    def _grid(self, size: tuple[int, ...]) -> Grid:
+    def grid_of(self, size: Size) -> Grid:
+        """Return the grid of signals [B, C, *size]; raises ValueError where patches do not fit."""
         if len(size) != len(self.patch_size) or any(s % p for s, p in zip(size, self.patch_size, strict=True)):
             raise ValueError(f"size {list(size)} is not a multiple of patch size {list(self.patch_size)}")
         return tuple(s // p for s, p in zip(size, self.patch_size, strict=True))
 
-    def grid_of(self, signal: Tensor) -> Grid:
-        """Return the grid of a signal [B, C, *size]; raises ValueError where patches do not fit."""
-        return self._grid(tuple(signal.shape[2:]))
-
     def patches(self, signal: Tensor) -> Tensor:
         """Cut [B, C, *size] into [B, N, P], tokens in row-major order. Nothing is learned here."""
-        grid, axes = self.grid_of(signal), len(self.patch_size)
+        grid, axes = self.grid_of(signal.shape[2:]), len(self.patch_size)
         split = [n for pair in zip(grid, self.patch_size, strict=True) for n in pair]
         x = signal.reshape(*signal.shape[:2], *split)
         order = [0, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 1]

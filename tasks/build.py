@@ -9,9 +9,7 @@ from typing import Any
 import torch
 import yaml
 from pydantic import SerializeAsAny
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from mmssl.config import (
     CheckpointConfig,
@@ -31,7 +29,7 @@ from mmssl.engine.optim import adamw, param_groups
 from mmssl.engine.torch_engine import TorchEngine
 from mmssl.errors import UserError, nearest
 from mmssl.objectives import OBJECTIVES
-from modalities.encoder import MODALITIES, Encoder, EncoderConfig, encoder_folder, typed
+from modalities.encoder import MODALITIES, Encoder, EncoderConfig, typed
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -44,6 +42,14 @@ class Recipe(EncoderConfig):
     train: TrainConfig
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def epoch(self, files: int) -> int:
+        """Return how many samples one pass over ``files`` files has."""
+        return files * self.data.repeats
+
+    def steps(self, files: int) -> int:
+        """Return the run's optimiser steps on ``files`` files."""
+        return self.train.total_steps(self.epoch(files))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fully resolved recipe as plain values."""
@@ -91,44 +97,14 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
 
 
 def build_objective(recipe: Recipe) -> nn.Module:
-    """Make the objective, initialised from ``train.seed`` and then from ``train.init_from`` if that is set."""
+    """Make the objective, initialised from ``train.seed`` alone; ``tasks.initial`` copies others into it."""
     torch.manual_seed(recipe.train.seed)
     try:
         objective = recipe.objective.build({recipe.modality: Encoder(recipe)})
     except ValueError as error:  # settings that are each valid but do not go together
         raise UserError(str(error)) from None
     assert isinstance(objective, nn.Module)
-    if recipe.train.init_from is not None:
-        initialise(objective, Path(recipe.train.init_from))
     return objective
-
-
-def initialise(objective: nn.Module, source: Path) -> None:
-    """Copy weights from a run (all of its objective that this one knows) or from an encoder folder."""
-    whole = source / "objective" / "model.safetensors"
-    file = whole if whole.is_file() else encoder_folder(source) / "model.safetensors"
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"train.init_from: {file} is not readable ({error})") from None
-    if file != whole:
-        weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
-    load_weights(objective, weights, str(source))
-
-
-def load_weights(objective: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy the weights that an objective knows by name; UserError where none does or a shape differs."""
-    own = objective.state_dict()
-    shared = [name for name in own if name in weights]
-    if not shared:
-        raise UserError(f"{source} holds no weight of this model")
-    for name in shared:
-        if own[name].shape != weights[name].shape:
-            raise UserError(
-                f"{name} is {list(weights[name].shape)} in {source} and {list(own[name].shape)} here; "
-                "give the recipe the same model.* and signal.size"
-            )
-    objective.load_state_dict({name: weights[name] for name in shared}, strict=False)
 
 
 def measure_cost(recipe: Recipe, objective: nn.Module) -> Cost:
@@ -136,7 +112,7 @@ def measure_cost(recipe: Recipe, objective: nn.Module) -> Cost:
     viewed = as_objective(objective)
     tokenizer = next(iter(viewed.encoders().values())).tokenizer
     blank = tokenizer.unpatch(torch.zeros(1, prod(tokenizer.grid), tokenizer.patch_dim))
-    return measure(objective, sample_batch(tuple(blank.shape[1:]), viewed.draw()))
+    return measure(objective, sample_batch(tuple(blank.shape[1:]), viewed.draw(), tokenizer.grid))
 
 
 def as_objective(module: nn.Module) -> Objective:

@@ -163,14 +163,17 @@ class _Files(Dataset[tuple[int, Tensor | str]]):
         return self.transform(self.read(path))
 
 
-_Loaded = tuple[list[int], Tensor | None, list[tuple[int, str]]]
-"""Indices and signals of the whole files of a batch; indices and reasons of the broken ones."""
+_Loaded = tuple[list[tuple[list[int], Tensor]], list[tuple[int, str]]]
+"""Indices and signals of the whole files of a batch, by size; indices and reasons of the broken ones."""
 
 
 def _collate(items: list[tuple[int, Tensor | str]]) -> _Loaded:
-    whole = [(index, signal) for index, signal in items if isinstance(signal, Tensor)]
-    broken = [(index, reason) for index, reason in items if isinstance(reason, str)]
-    return [index for index, _ in whole], torch.stack([s for _, s in whole]) if whole else None, broken
+    groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+    for index, signal in items:
+        if isinstance(signal, Tensor):
+            groups.setdefault(signal.shape, []).append((index, signal))
+    whole = [([i for i, _ in group], torch.stack([s for _, s in group])) for group in groups.values()]
+    return whole, [(index, reason) for index, reason in items if isinstance(reason, str)]
 
 
 def _loader(
@@ -194,29 +197,27 @@ def _compute(
     skip_broken: bool,
     progress: ReportProgress | None,
 ) -> Features:
-    vectors: list[Tensor] = []
-    kept: list[int] = []
+    vectors: dict[int, Tensor] = {}
     skipped: list[tuple[str, str]] = []
     batch: _Loaded
     for batch in loader:
-        indices, signal, broken = batch
+        whole, broken = batch
         for index, reason in broken:
             if not skip_broken:
                 raise UnusableData(f"{listing.paths[index]}: {reason}; evaluation never leaves a file out unasked")
             skipped.append((listing.name(index), reason))
-        if signal is not None:
-            vectors.append(
-                _finite(encoder.features(signal).detach().float().cpu(), [listing.paths[i] for i in indices])
-            )
-            kept += indices
+        for indices, signal in whole:
+            rows = _finite(encoder.features(signal).detach().float().cpu(), [listing.paths[i] for i in indices])
+            vectors.update(zip(indices, rows, strict=True))
         if progress is not None:
-            progress(len(kept) + len(skipped), len(listing))
-    if not kept:
+            progress(len(vectors) + len(skipped), len(listing))
+    if not vectors:
         name, reason = skipped[0]
         raise UnusableData(
             f"{listing.root}: none of the {len(skipped)} files can be read; the first is {name}: {reason}"
         )
-    return Features(torch.cat(vectors), kept, skipped)
+    kept = sorted(vectors)
+    return Features(torch.stack([vectors[i] for i in kept]), kept, skipped)
 
 
 def _finite(vectors: Tensor, paths: Sequence[str]) -> Tensor:

@@ -21,6 +21,7 @@ from modalities.encoder import Encoder
 from tasks.build import Recipe, parse_recipe
 from tasks.features import Extractor, Samples, class_targets, commonest_share, extract
 from tasks.fit import fit, load_objective
+from tasks.initial import Weights
 from tasks.metrics import Score, classification_scores, score_table, scores_as_dict
 from tasks.report import Table, write_report
 from tasks.run_report import run_sections
@@ -96,11 +97,12 @@ def finetune(
     if chosen is not None:
         train, targets = train.select(chosen), [targets[i] for i in chosen]
     recipe = finetune_recipe(encoder, classes, overrides or {}, len(targets))
-    initial = None if scratch else {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
+    state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    initial = None if scratch else Weights(state, "the encoder", encoder.tokenizer.grid)
     run = Run(out)
-    fit(recipe, train, run, targets, initial)
+    fit(recipe, train, run, np.asarray(targets), initial)
     scores, samples = evaluate(run, test, test_targets, classes, targets, skip_broken)
-    steps = recipe.train.total_steps(len(targets))
+    steps = recipe.steps(len(targets))
     words = f"{shots} labels per class" if shots else f"{labels} of the labels" if labels else "all labels"
     result = FinetuneResult(scores, run.path, "scratch" if scratch else "pre-trained", words, seed, steps, samples)
     if world().is_main:

@@ -7,17 +7,18 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from mmssl import checkpoint
 from mmssl.config import read_yaml
-from mmssl.data.dataset import Plan, Samples, loader, worker_count
+from mmssl.contracts import Tokenizer
+from mmssl.data.dataset import Bucket, Plan, Samples, Stream, loader, worker_count
 from mmssl.data.ledger import Ledger
 from mmssl.data.listing import Listing
 from mmssl.distributed import Council, World, world
@@ -35,9 +36,9 @@ from tasks.build import (
     build_objective,
     deepspeed_settings,
     default_device,
-    load_weights,
     parse_recipe,
 )
+from tasks.initial import Weights, read_weights, take
 
 MAY_DIFFER = ("train.steps", "train.epochs", "train.engine", "data.workers", "checkpoint.")
 """What may be changed when a run is resumed."""
@@ -53,22 +54,23 @@ def fit(
     recipe: Recipe,
     listing: Listing,
     run: Run,
-    targets: Sequence[int] | None = None,
-    initial: dict[str, Tensor] | None = None,
+    targets: np.ndarray[Any, Any] | None = None,
+    initial: Weights | None = None,
     resume: bool = False,
     deepspeed_config: str | None = None,
 ) -> None:
     """Train ``recipe`` on the files of ``listing`` into the folder of ``run``, from its last checkpoint if ``resume``.
 
-    ``targets`` are class indices per file, for supervised objectives; ``initial`` weights by name in the objective.
+    ``targets`` are class indices int64 [n] or float32 [n, classes] per file, for supervised objectives; ``initial``
+    are what to start from, as ``train.init_from``.
     Raises what ``mmssl.engine.loop.train`` raises, after writing ``status.json``, and UserError for what does not fit.
     """
     me = world()
     check_batch(recipe, me)
     ds = deepspeed_settings(recipe, me, deepspeed_config)
     objective = build_objective(recipe)
-    if initial is not None:
-        load_weights(objective, initial, "the encoder")
+    if not (resume and checkpoint.checkpoints(run.checkpoints)):
+        start_from(objective, initial, recipe.train.init_from)
     if resume:
         check_resumable(run, recipe)
     elif me.is_main:
@@ -96,6 +98,14 @@ def fit(
         engine.close()
         run.release()
     writer.status("done", seconds=round(time.monotonic() - writer.began, 1))
+
+
+def start_from(objective: nn.Module, initial: Weights | None, path: str | None) -> None:
+    """Copy ``initial`` or the weights of the run or encoder at ``path`` into the objective, and tell what fitted."""
+    if path is not None:
+        initial = read_weights(Path(path))
+    if initial is not None:
+        say(str(take(objective, initial)))
 
 
 def check_batch(recipe: Recipe, me: World) -> None:
@@ -132,36 +142,50 @@ def join(me: World) -> torch.device:
 
 
 def make_batches(
-    recipe: Recipe, listing: Listing, objective: nn.Module, targets: Sequence[int] | None, me: World, start: int,
+    recipe: Recipe, listing: Listing, objective: nn.Module, targets: np.ndarray[Any, Any] | None, me: World, start: int,
     device: torch.device,
 ) -> Any:  # fmt: skip
     """Return this rank's micro-batches from step ``start`` to the end."""
     kind, length, data = MODALITIES[recipe.modality], recipe.train, recipe.data
-    transform, draw = kind.train_transform(recipe.signal), as_objective(objective).draw()
-    samples = Samples(listing.paths, kind.decode, transform, draw, length.seed, data.timeout, targets)
-    stop = length.total_steps(len(listing))
-    plan = Plan(len(listing), length.batch_size, length.accumulate, me, length.seed, start, stop)
+    root = as_objective(objective)
+    tokenizer = next(iter(root.encoders().values())).tokenizer
+    buckets = make_buckets(recipe, listing, tokenizer)
+    samples = Samples(
+        listing.paths, kind.views(recipe.signal), buckets, root.draw(), length.seed, data.timeout, targets
+    )
+    streams = [Stream(bucket.members, length.seed, b, data.repeats) for b, bucket in enumerate(buckets)]
+    plan = Plan(streams, length.batch_size, length.accumulate, me, start, recipe.steps(len(listing)))
     return loader(samples, plan, worker_count(data.workers, me), pin=device.type == "cuda")
 
 
-def make_schedule(recipe: Recipe, samples: int) -> WarmupCosine:
-    """Return the learning-rate schedule on ``samples`` files."""
-    optim, batch = recipe.optim, recipe.train.batch_size
-    steps = recipe.train.total_steps(samples)
-    return WarmupCosine(optim.peak_lr(batch), steps, optim.warmup_steps(steps, samples / batch), optim.min_lr)
+def make_buckets(recipe: Recipe, listing: Listing, tokenizer: Tokenizer) -> list[Bucket]:
+    """Return the files by the size of signal that suits them; all in one bucket where the recipe has one size."""
+    kind = MODALITIES[recipe.modality]
+    sizes = kind.sizes(recipe.signal)
+    if len(sizes) == 1:
+        return [Bucket(sizes[0], tokenizer.grid, range(len(listing)))]
+    chosen = np.array([kind.bucket(path, recipe.signal) for path in listing.paths])
+    return [Bucket(size, tokenizer.grid_of(size), np.flatnonzero(chosen == b).tolist()) for b, size in enumerate(sizes)]
 
 
-def make_limits(recipe: Recipe, samples: int) -> Limits:
-    """Return when the loop writes, logs and gives up on ``samples`` files."""
+def make_schedule(recipe: Recipe, files: int) -> WarmupCosine:
+    """Return the learning-rate schedule on ``files`` files."""
+    optim, batch, steps = recipe.optim, recipe.train.batch_size, recipe.steps(files)
+    warmup = optim.warmup_steps(steps, recipe.epoch(files) / batch)
+    return WarmupCosine(optim.peak_lr(batch), steps, warmup, optim.min_lr)
+
+
+def make_limits(recipe: Recipe, files: int) -> Limits:
+    """Return when the loop writes, logs and gives up on ``files`` files."""
     length, every = recipe.train, recipe.checkpoint
     return Limits(
-        steps=length.total_steps(samples),
+        steps=recipe.steps(files),
         accumulate=length.accumulate,
         batch_size=length.batch_size,
         log_every=length.log_every,
         checkpoint_steps=every.every_steps,
         checkpoint_minutes=every.every_minutes,
-        max_broken=int(recipe.data.max_bad_fraction * samples),
+        max_broken=int(recipe.data.max_bad_fraction * files),
         seed=length.seed,
     )
 
@@ -172,7 +196,7 @@ class Writer:
     def __init__(self, run: Run, recipe: Recipe, listing: Listing, engine: Engine, me: World, council: Council) -> None:
         self.run, self.recipe, self.listing = run, recipe, listing
         self.engine, self.me, self.council = engine, me, council
-        self.steps = recipe.train.total_steps(len(listing))
+        self.steps = recipe.steps(len(listing))
         self.written, self.began = 0, time.monotonic()
         self.ledger = Ledger(run.ledger_file, write=me.is_main)
         names = "\n".join(listing.name(i) for i in range(len(listing)))
@@ -193,7 +217,8 @@ class Writer:
         if self.me.is_main:
             samples = line["step"] * self.recipe.train.batch_size
             seconds = round(time.monotonic() - self.began, 3)
-            self.run.log({**line, "samples": samples, "epoch": samples / len(self.listing), "seconds": seconds})
+            epoch = samples / self.recipe.epoch(len(self.listing))
+            self.run.log({**line, "samples": samples, "epoch": epoch, "seconds": seconds})
 
     def broken(self, index: int, reason: str) -> int:
         """Note a broken file; returns how many there are."""
@@ -268,7 +293,6 @@ def load_objective(path: Path) -> tuple[Recipe, nn.Module]:
     if not weights.is_file():
         raise UserError(f"{path} is not a run with a trained objective (no {weights.relative_to(path)})")
     recipe = parse_recipe(read_yaml(run.config_file), str(run.config_file))
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"init_from": None})})
     objective = build_objective(recipe)
     objective.load_state_dict(load_file(weights))
     return recipe, objective.eval()

@@ -83,7 +83,7 @@ def pretrain(
     metrics = run.metrics()
     result = PretrainResult(
         run=run.path,
-        steps=recipe.train.total_steps(len(listing)),
+        steps=recipe.steps(len(listing)),
         files=len(listing),
         broken=len(run.ledger_file.read_text().splitlines()) if run.ledger_file.exists() else 0,
         loss=metrics[-1]["loss"],
@@ -132,7 +132,7 @@ def dry_run(recipe: Recipe, data: str | Path | None, split: str | None = None) -
     encoder = next(iter(as_objective(objective).encoders().values()))
     draw = as_objective(objective).draw()
     total = int(np.prod(encoder.tokenizer.grid))
-    seen = len(draw(np.random.default_rng(0)).get("keep", range(total))) if draw else total
+    seen = len(draw(np.random.default_rng(0), encoder.tokenizer.grid).get("keep", range(total))) if draw else total
     micro = recipe.train.batch_size // (recipe.train.accumulate * me.size)
     device = default_device()
     facts: dict[str, Any] = {
@@ -147,8 +147,8 @@ def dry_run(recipe: Recipe, data: str | Path | None, split: str | None = None) -
         "precision": "bf16" if use_bf16(recipe, device) else "fp32",
     }
     if listing is not None:
-        steps = recipe.train.total_steps(len(listing))
-        facts |= {"steps": steps, "epochs": steps * recipe.train.batch_size / len(listing)}
+        steps = recipe.steps(len(listing))
+        facts |= {"steps": steps, "epochs": steps * recipe.train.batch_size / recipe.epoch(len(listing))}
     return DryRun(recipe, None if listing is None else len(listing), facts)
 
 

@@ -1,15 +1,15 @@
 """What every run's report shows: the loss, reconstructions where the objective makes any, the cost and the recipe."""
 
 import numpy as np
-import torch
 
 from mmssl.contracts import Reconstructs
-from mmssl.data.dataset import Key, Samples, collate
+from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.listing import Listing
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
 from tasks.build import Recipe, measure_cost
 from tasks.fit import load_objective
+from tasks.panels_reconstruction import target_note, triplet
 from tasks.report import Code, Curve, Facts, Pictures, Section
 
 
@@ -53,24 +53,17 @@ def reconstructions(
     kind = MODALITIES[recipe.modality]
     transform = kind.eval_transform(recipe.signal)
     picks = np.linspace(0, len(shown) - 1, min(most, len(shown))).astype(int).tolist()
-    samples = Samples(
-        [shown.paths[i] for i in picks], kind.decode, lambda decoded, _rng: transform(decoded),
-        objective.draw(), recipe.train.seed, recipe.data.timeout,
-    )  # fmt: skip
-    batch, _ = collate([samples[Key(0, i)] for i in range(len(picks))])
-    if not batch:  # so many broken files that there is nothing to show
-        return []
-    filled, hidden = objective.reconstruct(batch)
-    grey = torch.zeros_like(filled)
     rows = []
-    for signal, prediction, mask in zip(batch["signal"], filled, hidden, strict=True):
-        panels = (signal, torch.where(mask > 0, grey[0], signal), prediction)
-        rows.append([kind.picture(panel, recipe.signal) for panel in panels])
+    for i in picks:
+        try:
+            signal = transform(guarded(kind.decode, shown.paths[i], recipe.data.timeout))
+        except BrokenFile:
+            continue  # it is in the ledger
+        rng = np.random.default_rng([recipe.train.seed, i])
+        rows.append(triplet(recipe, objective, objective.draw(), signal, rng)[0])
+    if not rows:
+        return []
     which = "Pictures that were not trained on" if held_out else "Pictures that were trained on"
     note = f"{which}; {recipe.objective.name} saw only what the middle column shows."
-    if getattr(recipe.model.tokenizer, "target", None) == "normalized":
-        note += (
-            " Predictions are of normalised patches: the brightness and contrast of each hidden patch are those of the "
-            "true one, only its content is predicted."
-        )
+    note += target_note(recipe)
     return [Pictures("Reconstructions", note, ["input", "masked", "reconstruction"], rows)]

@@ -73,7 +73,8 @@ def draw_batch() -> Callable[..., dict[str, Tensor]]:
 
     def draw(objective: MAE, signal: Tensor, seed: int = 0) -> dict[str, Tensor]:
         mask, rng = objective.draw(), np.random.default_rng(seed)
-        rows = [mask(rng) for _ in signal]
+        grid = objective.encoder.tokenizer.grid_of(signal.shape[2:])
+        rows = [mask(rng, grid) for _ in signal]
         masks = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
         return {"signal": signal, "seed": torch.arange(len(signal)), **masks}
 

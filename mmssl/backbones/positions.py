@@ -33,6 +33,20 @@ def sincos(grid: Grid, dim: int) -> Tensor:
     return torch.from_numpy(np.pad(table, ((0, 0), (0, dim - table.shape[1]))).astype(np.float32))
 
 
+def resize_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Interpolate positions [N, dim] learned on the grid ``source`` to ``target``: [N', dim].
+
+    Cubic with antialiasing on 2-D grids, as timm resizes them, linear on others. Raises ValueError for grids of
+    different dimensions.
+    """
+    if len(source) != len(target):
+        raise ValueError(f"positions learned on a {len(source)}-D grid cannot serve a {len(target)}-D one")
+    lattice = table.T.reshape(1, table.shape[1], *source)
+    mode = {1: "linear", 2: "bicubic", 3: "trilinear"}[len(target)]
+    resized = F.interpolate(lattice, size=target, mode=mode, align_corners=False, antialias=len(target) == 2)
+    return resized.reshape(table.shape[1], -1).T
+
+
 class Positions(nn.Module):
     """A table of positions [N, dim] for a grid, and for other grids than its own on demand.
 
@@ -57,12 +71,4 @@ class Positions(nn.Module):
             return self.table
         if self.kind == "sincos":
             return sincos(tuple(grid), self.dim).to(self.table)
-        return self._resized(tuple(grid))
-
-    def _resized(self, grid: Grid) -> Tensor:
-        if len(grid) != len(self.grid):
-            raise ValueError(f"positions learned on a {len(self.grid)}-D grid cannot serve a {len(grid)}-D one")
-        lattice = self.table.T.reshape(1, self.dim, *self.grid)
-        mode = {1: "linear", 2: "bicubic", 3: "trilinear"}[len(grid)]
-        resized = F.interpolate(lattice, size=grid, mode=mode, align_corners=False, antialias=len(grid) == 2)
-        return resized.reshape(self.dim, -1).T
+        return resize_table(self.table, self.grid, tuple(grid))

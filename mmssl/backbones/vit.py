@@ -71,11 +71,20 @@ class ViT(nn.Module):
 
     def forward(self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
         """Map [B, K, D] to [B, K, D]; ``pad`` [B, K] is True at padding, ``seeds`` [B] int64 drive stochastic depth."""
-        recompute = self.checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            if recompute:
-                # Blocks draw from the samples' seeds only, so there is no generator state to put back.
-                tokens = checkpoint(block, tokens, pad, seeds, use_reentrant=False, preserve_rng_state=False)
-            else:
-                tokens = block(tokens, pad, seeds)
+            tokens = self._run(block, tokens, pad, seeds)
         return self.norm(tokens)  # type: ignore[no-any-return]
+
+    def layers(self, tokens: Tensor, seeds: Tensor | None = None) -> list[Tensor]:
+        """Return the output of every block for [B, K, D], each put through the final norm."""
+        outputs = []
+        for block in self.blocks:
+            tokens = self._run(block, tokens, None, seeds)
+            outputs.append(self.norm(tokens))
+        return outputs
+
+    def _run(self, block: nn.Module, tokens: Tensor, pad: Tensor | None, seeds: Tensor | None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            # Blocks draw from the samples' seeds only, so there is no generator state to put back.
+            return checkpoint(block, tokens, pad, seeds, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return block(tokens, pad, seeds)  # type: ignore[no-any-return]

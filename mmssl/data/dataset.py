@@ -1,13 +1,14 @@
 """From file names to batches: a deterministic stream of samples, read in worker processes.
 
 What a sample looks like depends on (seed, epoch, index, repeat) alone; which samples a rank reads at a step depends on
-the step, the batch size and the world size alone. So any worker count, world size or resume sees the same.
+the step, the batch size, the world size and the buckets alone. So any worker count, world size or resume sees the same.
 """
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmssl.contracts import Batch, Draw
+from mmssl.contracts import Batch, Draw, Grid, Size, Views
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.distributed import World
 
@@ -24,26 +25,58 @@ TRIES = 16
 
 
 class Key(NamedTuple):
-    """One sample of the stream: the pass over the data, the file, and which of several looks at it."""
+    """One sample of the stream: the pass over the data, the file, which of several looks at it, and its bucket."""
 
     epoch: int
     sample: int
     repeat: int = 0
+    bucket: int = 0
 
 
-@lru_cache(maxsize=2)
-def permutation(samples: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the order of an epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(samples)
+class Bucket(NamedTuple):
+    """Files whose signals have one size: a batch is filled from one bucket, so nothing is padded."""
+
+    size: Size
+    grid: Grid
+    members: Sequence[int]
+    """Indices of its files."""
 
 
-def key_at(position: int, samples: int, seed: int) -> Key:
-    """Return the sample at a position of the endless stream: epoch after epoch, each file once per epoch.
+class Stream:
+    """The endless stream of a bucket's samples: epoch after epoch, each file once per epoch.
 
-    Batches may straddle an epoch's end, so no tail is dropped or padded, however small the data.
+    Batches may straddle an epoch's end, so no tail is dropped or padded, however small the data. With ``repeats``, so
+    many looks at a file follow each other.
     """
-    epoch, offset = divmod(position, samples)
-    return Key(epoch, int(permutation(samples, seed, epoch)[offset]))
+
+    def __init__(self, members: Sequence[int], seed: int, bucket: int = 0, repeats: int = 1) -> None:
+        self.members, self.seed, self.bucket, self.repeats = members, seed, bucket, repeats
+        # A rank walks forward only: the order of one epoch at a time is enough.
+        self._order = lru_cache(maxsize=1)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.random.default_rng([self.seed, epoch, *[self.bucket] * bool(self.bucket)]).permutation(
+            len(self.members)
+        )
+
+    def __getitem__(self, position: int) -> Key:
+        """Return the sample at a position, counted from 0 without end."""
+        place, repeat = divmod(position, self.repeats)
+        epoch, offset = divmod(place, len(self.members))
+        return Key(epoch, int(self.members[int(self._order(epoch)[offset])]), repeat, self.bucket)
+
+
+def turns(sizes: Sequence[int], steps: int) -> Iterator[tuple[int, int]]:
+    """Yield for each step the bucket whose turn it is, and how often it had been before.
+
+    The bucket that is furthest behind its share of the files is next: after any number of steps, each has had its
+    share to within one turn, and what a step reads depends on the step alone.
+    """
+    total, given = sum(sizes), [0] * len(sizes)
+    for step in range(1, steps + 1):
+        bucket = max(range(len(sizes)), key=lambda b: (step * sizes[b] - total * given[b], -b))
+        yield bucket, given[bucket]
+        given[bucket] += 1
 
 
 class Plan(Sampler[list[Key]]):
@@ -53,20 +86,27 @@ class Plan(Sampler[list[Key]]):
     """
 
     def __init__(
-        self, samples: int, batch_size: int, accumulate: int, world: World, seed: int, start: int, stop: int
+        self,
+        streams: Sequence[Stream],
+        batch_size: int,
+        accumulate: int,
+        world: World,
+        start: int,
+        stop: int,
     ) -> None:
-        self.samples, self.batch_size, self.accumulate = samples, batch_size, accumulate
-        self.world, self.seed, self.start, self.stop = world, seed, start, stop
+        self.streams, self.batch_size, self.accumulate = streams, batch_size, accumulate
+        self.world, self.start, self.stop = world, start, stop
         self.micro = batch_size // (accumulate * world.size)
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for step in range(self.start, self.stop):
+        for bucket, before in islice(turns([len(s.members) for s in self.streams], self.stop), self.start, None):
+            stream = self.streams[bucket]
             for m in range(self.accumulate):
-                first = step * self.batch_size + (m * self.world.size + self.world.rank) * self.micro
-                yield [key_at(first + i, self.samples, self.seed) for i in range(self.micro)]
+                first = before * self.batch_size + (m * self.world.size + self.world.rank) * self.micro
+                yield [stream[first + i] for i in range(self.micro)]
 
 
 class Sample(NamedTuple):
@@ -77,19 +117,21 @@ class Sample(NamedTuple):
 
 
 class Samples(Dataset[Sample]):
-    """Reads, transforms and draws one sample at a time. Knows no modality: it is handed the functions."""
+    """Reads, transforms and draws samples. Knows no modality: it is handed the functions."""
 
     def __init__(
         self,
         paths: Sequence[str],
-        decode: Callable[[str], Any],
-        transform: Callable[[Any, np.random.Generator], Tensor],
+        views: Views,
+        buckets: Sequence[Bucket],
         draw: Draw | None,
         seed: int,
         timeout: float,
-        targets: Sequence[int] | None = None,
+        targets: np.ndarray[Any, Any] | None = None,
     ) -> None:
-        self.paths, self.decode, self.transform, self.draw = paths, decode, transform, draw
+        """``targets``, one per path, are class indices int64 [n] or float32 [n, classes]."""
+        self.paths, self.views, self.draw = paths, views, draw
+        self.lattices = [(bucket.size, bucket.grid) for bucket in buckets]
         self.seed, self.timeout, self.targets = seed, timeout, targets
 
     def __len__(self) -> int:
@@ -97,28 +139,46 @@ class Samples(Dataset[Sample]):
 
     def __getitem__(self, key: Key) -> Sample:
         """Return the sample at ``key``; a broken file is recorded and another, drawn from the key, is read instead."""
+        return self._looks([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
+        """Return the samples at ``keys``; neighbours that look at the same file share one reading of it."""
+        groups = groupby(keys, key=lambda key: key._replace(repeat=0))
+        return [sample for _, group in groups for sample in self._looks(list(group))]
+
+    def _looks(self, keys: Sequence[Key]) -> list[Sample]:
         broken: list[tuple[int, str]] = []
-        index = key.sample
+        index = keys[0].sample
         for attempt in range(TRIES):
-            rng = np.random.default_rng([self.seed, *key, attempt])
             if attempt:
-                index = int(rng.integers(len(self.paths)))
+                index = self._other(self._rng(keys[0]._replace(repeat=0), attempt))
             try:
-                return Sample(self._read(index, rng), broken)
+                read = self._read(index, keys, attempt)
             except BrokenFile as error:
                 broken.append((index, error.reason))
+            else:
+                return [Sample(tensors, [] if i else broken) for i, tensors in enumerate(read)]
         # Not an exception: one that crosses a process boundary arrives with a traceback for a message.
-        return Sample({}, broken)
+        return [Sample({}, [] if i else broken) for i in range(len(keys))]
 
-    def _read(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        path = self.paths[index]
-        decoded = guarded(self.decode, path, self.timeout)
-        sample: dict[str, Any] = {"index": index, "seed": int(rng.integers(2**63))}
-        if self.targets is not None:
-            sample["target"] = self.targets[index]
-        if self.draw is not None:
-            sample |= self.draw(rng)
-        return {"signal": self.transform(decoded, rng), **sample}
+    def _rng(self, key: Key, attempt: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, key.epoch, key.sample, key.repeat, attempt])
+
+    def _other(self, rng: np.random.Generator) -> int:
+        return int(rng.integers(len(self.paths)))
+
+    def _read(self, index: int, keys: Sequence[Key], attempt: int) -> list[dict[str, Any]]:
+        size, grid = self.lattices[keys[0].bucket]
+        samples, rngs = [], [self._rng(key, attempt) for key in keys]
+        for rng in rngs:
+            if attempt:
+                self._other(rng)  # what is drawn after the choice of a file does not repeat it
+            sample: dict[str, Any] = {"index": index, "seed": int(rng.integers(2**63))}
+            if self.targets is not None:
+                sample["target"] = self.targets[index]
+            samples.append(sample | (self.draw(rng, grid) if self.draw is not None else {}))
+        signals = guarded(lambda path: self.views(path, rngs, size), self.paths[index], self.timeout)
+        return [{"signal": signal, **sample} for signal, sample in zip(signals, samples, strict=True)]
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Batch, list[tuple[int, str]]]:
@@ -133,6 +193,13 @@ def collate(samples: Sequence[Sample]) -> tuple[Batch, list[tuple[int, str]]]:
         else:
             batch[name] = torch.from_numpy(np.stack([np.asarray(value) for value in values]))
     return batch, [entry for sample in samples for entry in sample.broken]
+
+
+def batch_of_one(signal: Tensor, draw: Draw | None, grid: Grid, rng: np.random.Generator) -> Batch:
+    """Return one signal [C, *size] with token grid ``grid`` as a batch, with what an objective draws from ``rng``."""
+    drawn = {name: torch.from_numpy(np.asarray(value)) for name, value in (draw(rng, grid) if draw else {}).items()}
+    batch = {"signal": signal, "index": torch.tensor(0), "seed": torch.tensor(int(rng.integers(2**63))), **drawn}
+    return {name: value.unsqueeze(0) for name, value in batch.items()}
 
 
 def prepare_worker(_id: int) -> None:

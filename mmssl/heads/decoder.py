@@ -57,12 +57,13 @@ class MaskedDecoder(nn.Module):
         self.apply(init_linear)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Tensor, keep: Tensor, drop: Tensor) -> Tensor:
-        """Map latent [B, prefix + K, in_dim], keep [B, K], drop [B, M] to predictions [B, M, out_dim].
+    def forward(self, latent: Tensor, keep: Tensor, drop: Tensor, grid: Grid | None = None) -> Tensor:
+        """Map latent [B, prefix + K, in_dim], keep [B, K], drop [B, M] on ``grid`` to predictions [B, M, out_dim].
 
-        Tokens before the K visible ones are a prefix (a class token) and have no position.
+        Tokens before the K visible ones are a prefix (a class token) and have no position. ``grid`` None is the one
+        that the decoder was made for.
         """
-        positions = self.positions()
+        positions = self.positions(grid)
         x = self.embed(latent)
         prefix, visible = x.split([x.shape[1] - keep.shape[1], keep.shape[1]], dim=1)
         masked = self.mask_token + gather(positions, drop)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmssl.config import ObjectiveConfig
 from mmssl.contracts import Batch, EncoderModule, Step
+from mmssl.heads.classifier import ClassifierHead, HeadConfig
 
 
 class ClassifyConfig(ObjectiveConfig):
@@ -18,24 +19,21 @@ class ClassifyConfig(ObjectiveConfig):
     classes: list[str] = []
     """Class names in the order of the head's outputs; filled from the data's labels."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    head: HeadConfig = HeadConfig()
 
     def build(self, encoders: Mapping[str, EncoderModule]) -> "Classify":
         """Make the objective around its one encoder."""
         (encoder,) = encoders.values()
-        return Classify(encoder, len(self.classes), self.label_smoothing)
+        head = self.head.build(encoder.dim, encoder.num_prefix, encoder.pooling, len(self.classes))
+        return Classify(encoder, head, self.label_smoothing)
 
 
 class Classify(nn.Module):
-    """Cross-entropy of a linear head on the pooled encoder, all weights trained."""
+    """Cross-entropy of a head on the encoder, all weights trained."""
 
-    def __init__(self, encoder: EncoderModule, num_classes: int, label_smoothing: float = 0.0) -> None:
+    def __init__(self, encoder: EncoderModule, head: ClassifierHead, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.dim, num_classes)
-        self.label_smoothing = label_smoothing
-        # Small, so that the first steps do not push random directions through the encoder.
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        self.encoder, self.head, self.label_smoothing = encoder, head, label_smoothing
 
     def encoders(self) -> dict[str, EncoderModule]:
         """Return the encoder, by its modality."""
@@ -46,10 +44,13 @@ class Classify(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """Return class scores [B, classes] of ``signal`` [B, C, *size]."""
-        tokenizer = self.encoder.tokenizer
-        signal = batch["signal"]
-        latent = self.encoder(tokenizer.patches(signal), None, batch.get("seed"), tokenizer.grid_of(signal))
-        return self.head(self.encoder.pool(latent))  # type: ignore[no-any-return]
+        tokenizer, signal = self.encoder.tokenizer, batch["signal"]
+        if self.head.layers > 1:
+            latents = self.encoder.layers(signal, batch.get("seed"))[-self.head.layers :]
+        else:
+            grid = tokenizer.grid_of(signal.shape[2:])
+            latents = [self.encoder(tokenizer.patches(signal), None, batch.get("seed"), grid)]
+        return self.head(latents)  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch) -> Step:
         """Return the cross-entropy and the accuracy against ``target`` [B]."""

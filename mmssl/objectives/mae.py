@@ -15,7 +15,7 @@ from mmssl.config import ObjectiveConfig
 from mmssl.contracts import Batch, Draw, EncoderModule, Step
 from mmssl.heads.decoder import DecoderConfig, MaskedDecoder
 from mmssl.losses.reconstruction import patch_mse
-from mmssl.masking import MASKS, MaskKind, gather
+from mmssl.masking import MASKS, MaskKind, gather, kept_tokens
 
 
 class MAEConfig(ObjectiveConfig):
@@ -43,7 +43,8 @@ class MAE(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self._draw = MASKS[mask](encoder.tokenizer.grid, mask_ratio)
+        kept_tokens(encoder.tokenizer.grid, mask_ratio)  # a grid that cannot be masked is told now, not in a worker
+        self._draw = MASKS[mask](mask_ratio)
 
     def encoders(self) -> dict[str, EncoderModule]:
         """Return the encoder, by its modality."""
@@ -62,8 +63,9 @@ class MAE(nn.Module):
         return Step(patch_mse(prediction, target).mean(), {})
 
     def _predict(self, patches: Tensor, batch: Batch) -> Tensor:
-        latent = self.encoder(patches, batch["keep"], batch.get("seed"))
-        return self.decoder(latent, batch["keep"], batch["drop"])  # type: ignore[no-any-return]
+        grid = self.encoder.tokenizer.grid_of(batch["signal"].shape[2:])
+        latent = self.encoder(patches, batch["keep"], batch.get("seed"), grid)
+        return self.decoder(latent, batch["keep"], batch["drop"], grid)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -74,7 +76,7 @@ class MAE(nn.Module):
         """
         tokenizer = self.encoder.tokenizer
         patches, drop = tokenizer.patches(batch["signal"]), batch["drop"]
-        grid = tokenizer.grid_of(batch["signal"])
+        grid = tokenizer.grid_of(batch["signal"].shape[2:])
         prediction = tokenizer.untarget(self._predict(patches, batch).float(), gather(patches, drop))
         index = drop.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
         filled = patches.scatter(1, index, prediction)

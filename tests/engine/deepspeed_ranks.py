@@ -66,8 +66,8 @@ def learning_rate(step: int) -> float:
 def whole_batch(step: int) -> dict[str, Tensor]:
     """Draw the step's whole batch, with fresh masks."""
     rng = np.random.default_rng(step)
-    draw = RandomMask((4, 4), 0.75)
-    masks = [draw(rng) for _ in range(BATCH)]
+    draw = RandomMask(0.75)
+    masks = [draw(rng, (4, 4)) for _ in range(BATCH)]
     batch = {key: torch.from_numpy(np.stack([mask[key] for mask in masks])) for key in ("keep", "drop")}
     index = torch.arange(BATCH) + step * BATCH
     signal = torch.from_numpy(rng.standard_normal((BATCH, 3, 12, 12), dtype=np.float32))

@@ -23,7 +23,7 @@ def test_unpatch_inverts_patches_exactly(size, patch_size, channels):
     assert patches.shape == (2, torch.tensor(tokenizer.grid).prod(), tokenizer.patch_dim)
     assert torch.equal(tokenizer.unpatch(patches), signal)
     longer = torch.randn(1, channels, *(2 * size[0], *size[1:]))
-    assert torch.equal(tokenizer.unpatch(tokenizer.patches(longer), tokenizer.grid_of(longer)), longer)
+    assert torch.equal(tokenizer.unpatch(tokenizer.patches(longer), tokenizer.grid_of(longer.shape[2:])), longer)
 
 
 def test_a_patch_is_the_slice_of_the_signal_with_channels_last_in_row_major_order():
@@ -59,7 +59,7 @@ def test_embedding_some_patches_equals_embedding_all_and_picking(size, patch_siz
 def test_positions_follow_the_grid_of_a_larger_signal():
     tokenizer = PatchTokenizer((8, 8), (4, 4), 3, dim=12)
     large = torch.zeros(1, 3, 12, 16)
-    grid = tokenizer.grid_of(large)
+    grid = tokenizer.grid_of(large.shape[2:])
     expected = PatchTokenizer((12, 16), (4, 4), 3, dim=12).positions()
     torch.testing.assert_close(tokenizer.embed(tokenizer.patches(large), None, grid)[0], expected)
 

@@ -1,5 +1,6 @@
 """What MAE may know: masked pixels are a target and nothing else, and only visible ones are encoded."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -186,7 +187,7 @@ def test_config_builds_the_objective_that_draws_its_masks(tiny_encoder):
     mae = config.build({"image": encoder})
     assert OBJECTIVES[config.name] is MAEConfig
     assert mae.encoders() == {"image": encoder}
-    assert mae.draw().kept == 8
+    assert len(mae.draw()(np.random.default_rng(0), encoder.tokenizer.grid)["keep"]) == 8
     assert mae.decoder.head.out_features == 48
     with pytest.raises(ValueError, match="does not divide"):
         MAEConfig(decoder={"dim": 16, "num_heads": 3})

@@ -30,9 +30,9 @@ CLEAR_MARGIN = 0.1
 class DecoderOrderNotRestored(MaskedDecoder):
     """Planted bug: tokens get the positions of their places in [visible, masked], not of the patches they stand for."""
 
-    def forward(self, latent, keep, drop):
+    def forward(self, latent, keep, drop, grid):
         order = torch.arange(keep.shape[1] + drop.shape[1]).expand(len(keep), -1)
-        return super().forward(latent, order[:, : keep.shape[1]], order[:, keep.shape[1] :])
+        return super().forward(latent, order[:, : keep.shape[1]], order[:, keep.shape[1] :], grid)
 
 
 class TargetsAtWrongTokens(MAE):

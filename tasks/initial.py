@@ -1,0 +1,130 @@
+"""Starting from weights that are already there: another run's, or an encoder's, of any size or task."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mmssl.backbones.positions import Positions, resize_table
+from mmssl.contracts import Grid
+from mmssl.errors import UserError
+from modalities.encoder import encoder_folder
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by their name in an objective, where they come from, and the token grid they were learned on."""
+
+    tensors: Mapping[str, Tensor]
+    source: str
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What became of the tensors of a source, and of a model's own: names, none of them in two places."""
+
+    source: str
+    copied: list[str]
+    resized: list[str]
+    """Position tables interpolated to another grid."""
+    misfits: list[str]
+    """In both, but of another shape."""
+    unknown: list[str]
+    """In the source alone."""
+    fresh: list[str]
+    """In the model alone: initialised at random."""
+
+    def __str__(self) -> str:
+        used = [*self.copied, *self.resized]
+        offered = [*used, *self.misfits, *self.unknown]
+        text = f"{len(used)} of the {len(offered)} tensors in {self.source} are used"
+        parts = {
+            "resized": (self.resized, offered),
+            "of another shape and not used": (self.misfits, offered),
+            "not part of this model": (self.unknown, offered),
+            "initialised at random": ([*self.fresh, *self.misfits], [*used, *self.misfits, *self.fresh]),
+        }
+        for what, (names, among) in parts.items():
+            if names:
+                text += f"; {what}: {', '.join(collapsed(names, among))}"
+        return text
+
+
+def collapsed(names: Iterable[str], among: Iterable[str]) -> list[str]:
+    """Return dotted names with those of a whole branch of ``among`` as one: ``decoder.* (12)``."""
+    wanted, result, covered = set(names), [], ""
+    every = sorted(set(among) | wanted)
+    for name in sorted(wanted):
+        if covered and name.startswith(covered):
+            continue
+        parts = name.split(".")
+        branches = (".".join(parts[:depth]) + "." for depth in range(1, len(parts)))
+        for branch in branches:
+            inside = [other for other in every if other.startswith(branch)]
+            if len(inside) > 1 and wanted.issuperset(inside):
+                covered = branch
+                result.append(f"{branch}* ({len(inside)})")
+                break
+        else:
+            result.append(name)
+    return result
+
+
+def read_weights(source: Path) -> Weights:
+    """Return the weights of a run (all of its objective) or of an encoder folder; UserError for anything else."""
+    folder = encoder_folder(source)
+    whole = source / "objective" / "model.safetensors"
+    file = whole if whole.is_file() else folder / "model.safetensors"
+    try:
+        tensors = load_file(file)
+        grid = tuple(json.loads((folder / "config.json").read_text(encoding="utf-8"))["grid"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"train.init_from: {file} is not readable ({error})") from None
+    if file != whole:
+        tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+    return Weights(tensors, str(source), grid)
+
+
+@torch.no_grad()
+def take(objective: nn.Module, weights: Weights) -> Taken:
+    """Copy into an objective what it knows by name and shape, position tables resized to its grid.
+
+    Raises UserError where nothing of the backbone fits: that is another model, not another size or task of this one.
+    """
+    own = objective.state_dict()
+    state, resized, misfits = {}, [], []
+    for name in own.keys() & weights.tensors.keys():
+        tensor = weights.tensors[name]
+        if tensor.shape == own[name].shape:
+            state[name] = tensor
+            continue
+        owner = objective.get_submodule(name.rpartition(".")[0])
+        fits = isinstance(owner, Positions) and tensor.ndim == 2 and tensor.shape[1] == owner.dim
+        if fits and isinstance(owner, Positions) and len(owner.grid) == len(weights.grid):
+            state[name] = resize_table(tensor.float(), weights.grid, owner.grid)
+            resized.append(name)
+        else:
+            misfits.append(name)
+    if not any(".backbone." in name for name in state):
+        example = next((name for name in sorted(misfits) if ".backbone." in name), None)
+        detail = "" if example is None else (
+            f": {example} is {list(weights.tensors[example].shape)} there and {list(own[example].shape)} here"
+        )  # fmt: skip
+        raise UserError(
+            f"no weight of {weights.source} fits this model's backbone{detail}; use the same model.backbone"
+        )
+    objective.load_state_dict(state, strict=False)
+    return Taken(
+        weights.source,
+        sorted(state.keys() - set(resized)),
+        sorted(resized),
+        sorted(misfits),
+        sorted(weights.tensors.keys() - own.keys()),
+        sorted(own.keys() - weights.tensors.keys()),
+    )

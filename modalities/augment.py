@@ -190,7 +190,7 @@ def _solarize_add(image: Image, level: float, fill: Color) -> Image:
 
 def _factor(level: float) -> float:
     # 1 is no change; the further away, the stronger.
-    return max(0.1, 1 + level / 10 * 0.9)
+    return 1 + level / 10 * 0.9
 
 
 Operation: TypeAlias = Callable[[Image, float, Color], Image]

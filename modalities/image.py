@@ -4,9 +4,7 @@ Shapes: a signal is float32 [3, h, w], normalised per channel; sizes in a recipe
 """
 
 import math
-import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,31 +12,17 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from PIL.Image import Resampling, Transpose
+from PIL.Image import Resampling
 from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from mmssl.backbones.positions import PositionKind
 from mmssl.config import Piece
-from mmssl.contracts import Size, Views
-from mmssl.data.guard import BrokenFile, guarded
+from mmssl.contracts import Views
+from mmssl.data.guard import guarded
+from modalities.augment import Augment
+from modalities.image_read import decode, opened, to_rgb, upright_size
 from modalities.patches import PatchTokenizer, TargetKind
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is decoded, by content: a wrong suffix is harmless, and formats that run programs (EPS) are never tried."""
-MAX_PIXELS = 178_956_970
-"""Height x width above which a picture is refused unread. It is where Pillow's own refusal stands by default."""
-
-_UPRIGHT = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
-_ORIENTATION = 0x0112
 
 
 def _pair(value: Any) -> Any:
@@ -60,6 +44,11 @@ class ImageSignal(Piece):
     nearest to its own, and a batch holds pictures of one size."""
     flip: bool = True
     """Training: mirror every other picture left to right."""
+    augment: Augment = Augment()
+    """Training: what else is done to a crop."""
+    draft: bool = True
+    """Training: decode a JPEG file at 1/2, 1/4 or 1/8 where even its smallest crop has ``size`` pixels that way.
+    Far faster for large photographs; the pixels differ slightly from a full decoding, which evaluation always does."""
     resize_ratio: float = 0.875
     """Evaluation: the centre crop's share of the resized picture's side; MAE's is 224 / 256, 1 leaves no margin."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -150,7 +139,7 @@ class Image:
 
         Raises BrokenFile with the reason for anything that is not a whole picture.
         """
-        return guarded(_decode, path, timeout=None)
+        return guarded(decode, path, timeout=None)
 
     def extent(self, decoded: PIL.Image.Image) -> tuple[int, int]:
         """Return height and width in pixels."""
@@ -163,20 +152,18 @@ class Image:
     def bucket(self, path: str, signal: ImageSignal) -> int:
         """Return which of ``sizes`` suits a file, from its header; 0 where that cannot be read."""
         try:
-            with PIL.Image.open(path, formats=FORMATS) as image:
-                height, width = image.height, image.width
-                # The EXIF orientations from 5 on turn the picture by a quarter.
-                return (
-                    nearest_size(width, height, signal)
-                    if _orientation(image) > 4
-                    else nearest_size(height, width, signal)
-                )
+            with opened(path) as image:
+                width, height = upright_size(image)
+                return nearest_size(height, width, signal)
         except Exception:  # reading it for training will find out what is wrong with it
             return 0
 
     def views(self, signal: ImageSignal) -> Views:
         """Return what reads a picture and makes random resized crops and flips of it."""
-        return _Views(signal)
+        # Only training needs torchvision, whose import takes seconds; the data workers inherit it.
+        from modalities.image_views import ImageViews
+
+        return ImageViews(signal)
 
     def eval_transform(self, signal: ImageSignal) -> Callable[[PIL.Image.Image], Tensor]:
         """Return a picklable centre crop: RGB picture -> float32 [3, h, w]."""
@@ -194,74 +181,6 @@ class Image:
         mean, std = _statistics(signal)
         pixels = (x.detach().float().cpu() * std + mean) * 255
         return pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-
-
-def _decode(path: str) -> PIL.Image.Image:
-    # Pillow warns of large sizes and of harmless flaws in metadata; the ledger holds what really is wrong.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image = PIL.Image.open(path, formats=FORMATS)
-        except PIL.Image.DecompressionBombError:
-            raise BrokenFile(_too_large()) from None
-        except PIL.UnidentifiedImageError:
-            if os.path.getsize(path) == 0:  # noqa: PTH202 (the guard names it)
-                raise
-            raise BrokenFile("not an image: cannot identify image file") from None
-        with image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BrokenFile(_too_large())
-            image.load()
-            upright = _UPRIGHT.get(_orientation(image))
-            rgb = _to_rgb(image)
-    return rgb if upright is None else rgb.transpose(upright)
-
-
-def _too_large() -> str:
-    return f"absurdly large: more than {MAX_PIXELS // 10**6} million pixels"
-
-
-def _orientation(image: PIL.Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a camera's broken metadata does not break its picture
-        return 1
-
-
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;"):
-        return PIL.Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
-    if image.mode == "F":
-        raise BrokenFile("floating-point pixels, whose range is unknown")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    # A plain copy, not a subclass that keeps hold of the file.
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
-
-
-def _eight_bits(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    # Pillow's own conversion clips 16-bit grey at 255, so that most of the picture turns white.
-    if grey.min() < 0 or grey.max() > 65535:
-        raise BrokenFile("integer pixels of more than 16 bits, whose range is unknown")
-    return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class _Views:
-    signal: ImageSignal
-
-    def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[Tensor]:
-        image = _decode(path)
-        return [self.view(image, rng, size) for rng in rngs]
-
-    def view(self, image: PIL.Image.Image, rng: np.random.Generator, size: Size) -> Tensor:
-        height, width = size
-        box = crop_box(image.height, image.width, self.signal, rng, width / height)
-        pixels = _resized(image, (height, width), box)
-        if rng.random() < 0.5 and self.signal.flip:
-            pixels = pixels.transpose(Transpose.FLIP_LEFT_RIGHT)
-        return _normalised(pixels, self.signal)
 
 
 @dataclass(frozen=True)
@@ -284,27 +203,6 @@ def nearest_size(height: int, width: int, signal: ImageSignal) -> int:
     return min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i][1] / sizes[i][0]) - ratio))
 
 
-def crop_box(height: int, width: int, signal: ImageSignal, rng: np.random.Generator, aspect: float = 1.0) -> Box:
-    """Draw a crop as the field does: an area, a log-uniform aspect ratio, a place; ten tries until it fits.
-
-    If none fits (a picture far longer than wide), the largest centre crop within ``crop_ratio`` is taken. ``aspect`` is
-    the width / height that the crop is resized to, and ``crop_ratio`` a distortion of that. (Szegedy et al.,
-    arXiv:1409.4842, section 6; the fallback is torchvision's.)
-    """
-    low, high = (aspect * ratio for ratio in signal.crop_ratio)
-    for _ in range(10):
-        area = height * width * rng.uniform(*signal.crop_scale)
-        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return left, top, left + w, top + h
-    ratio = min(max(width / height, low), high)
-    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
 def centre_box(height: int, width: int, size: tuple[int, int], resize_ratio: float) -> Box:
     """Return what a centre crop of ``size`` shows of a picture resized, aspect kept, to cover it and its margin.
 
@@ -324,7 +222,7 @@ def centre_box(height: int, width: int, size: tuple[int, int], resize_ratio: flo
 def _resized(image: PIL.Image.Image, size: tuple[int, int], box: Box) -> PIL.Image.Image:
     # What the decoder returns is RGB; a picture that a person opened may be anything.
     if image.mode != "RGB":
-        image = _to_rgb(image)
+        image = to_rgb(image)
     # Pillow's bicubic filter widens with the reduction, so this is antialiased; the box spares a copy of the crop.
     return image.resize((size[1], size[0]), Resampling.BICUBIC, box=box)
 

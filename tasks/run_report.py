@@ -1,16 +1,18 @@
 """What every run's report shows: the loss, reconstructions where the objective makes any, the cost and the recipe."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from mmssl.contracts import Reconstructs
+from mmssl.contracts import Draw, Reconstructs
+from mmssl.data.dataset import batch_of_one
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.listing import Listing
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
 from tasks.build import Recipe, measure_cost
 from tasks.fit import load_objective
-from tasks.panels_reconstruction import target_note, triplet
-from tasks.report import Code, Curve, Facts, Pictures, Section
+from tasks.report import Code, Curve, Facts, Picture, Pictures, Section
 
 
 def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Section]:
@@ -67,3 +69,24 @@ def reconstructions(
     note = f"{which}; {recipe.objective.name} saw only what the middle column shows."
     note += target_note(recipe)
     return [Pictures("Reconstructions", note, ["input", "masked", "reconstruction"], rows)]
+
+
+def triplet(
+    recipe: Recipe, objective: Reconstructs, draw: Draw | None, signal: Tensor, rng: np.random.Generator
+) -> tuple[list[Picture], float]:
+    """Return (what is there, what is seen, what is predicted) of a signal [C, *size], and the share that is hidden."""
+    kind = MODALITIES[recipe.modality]
+    tokenizer = next(iter(objective.encoders().values())).tokenizer
+    filled, hidden = objective.reconstruct(batch_of_one(signal, draw, tokenizer.grid_of(signal.shape[1:]), rng))
+    panels = (signal, torch.where(hidden[0] > 0, 0.0, signal), filled[0])
+    return [kind.picture(panel, recipe.signal) for panel in panels], float(hidden.mean())
+
+
+def target_note(recipe: Recipe) -> str:
+    """Return what must be said of reconstructions that use the true patches' statistics; nothing where they do not."""
+    if getattr(recipe.model.tokenizer, "target", None) != "normalized":
+        return ""
+    return (
+        " Predictions are of normalised patches: the brightness and contrast of each hidden patch are those of the "
+        "true one, only its content is predicted."
+    )

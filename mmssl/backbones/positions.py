@@ -33,14 +33,19 @@ def sincos(grid: Grid, dim: int) -> Tensor:
     return torch.from_numpy(np.pad(table, ((0, 0), (0, dim - table.shape[1]))).astype(np.float32))
 
 
+@lru_cache(maxsize=64)
+def _resized_sincos(grid: Grid, dim: int, target: Grid) -> Tensor:
+    return resize_table(sincos(grid, dim), grid, target)
+
+
 def resize_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
-    """Interpolate positions [N, dim] learned on the grid ``source`` to ``target``: [N', dim].
+    """Interpolate the positions [N, dim] of the grid ``source`` to ``target``: [N', dim].
 
     Cubic with antialiasing on 2-D grids, as timm resizes them, linear on others. Raises ValueError for grids of
     different dimensions.
     """
     if len(source) != len(target):
-        raise ValueError(f"positions learned on a {len(source)}-D grid cannot serve a {len(target)}-D one")
+        raise ValueError(f"positions on a {len(source)}-D grid cannot serve a {len(target)}-D one")
     lattice = table.T.reshape(1, table.shape[1], *source)
     mode = {1: "linear", 2: "bicubic", 3: "trilinear"}[len(target)]
     resized = F.interpolate(lattice, size=target, mode=mode, align_corners=False, antialias=len(target) == 2)
@@ -50,8 +55,8 @@ def resize_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
 class Positions(nn.Module):
     """A table of positions [N, dim] for a grid, and for other grids than its own on demand.
 
-    Sine-cosine tables are computed for whatever grid is asked for; a learned table is interpolated (cubic with
-    antialiasing on 2-D grids, linear on others).
+    The table is interpolated to another grid, fixed or learned: a picture twice as large is the same picture, and its
+    corners keep the corners' positions (as MAE's fine-tuning at 448 pixels does).
     """
 
     table: Tensor
@@ -70,5 +75,5 @@ class Positions(nn.Module):
         if grid is None or tuple(grid) == self.grid:
             return self.table
         if self.kind == "sincos":
-            return sincos(tuple(grid), self.dim).to(self.table)
+            return _resized_sincos(self.grid, self.dim, tuple(grid)).to(self.table)
         return resize_table(self.table, self.grid, tuple(grid))

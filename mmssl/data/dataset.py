@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mmssl.contracts import Batch, Draw, Grid, Size, Views
 from mmssl.data.guard import BrokenFile, guarded
@@ -185,13 +185,8 @@ def collate(samples: Sequence[Sample]) -> tuple[Batch, list[tuple[int, str]]]:
     """Stack samples into a batch, an empty one if a sample was given up; broken files travel beside it."""
     if not all(sample.tensors for sample in samples):
         return {}, [entry for sample in samples for entry in sample.broken]
-    batch: Batch = {}
-    for name, first in samples[0].tensors.items():
-        values = [sample.tensors[name] for sample in samples]
-        if isinstance(first, Tensor):
-            batch[name] = torch.stack(values)
-        else:
-            batch[name] = torch.from_numpy(np.stack([np.asarray(value) for value in values]))
+    # In a worker this stacks straight into the shared memory in which the batch travels.
+    batch: Batch = default_collate([sample.tensors for sample in samples])
     return batch, [entry for sample in samples for entry in sample.broken]
 
 

@@ -7,7 +7,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from transformers import ViTMAEConfig, ViTMAEModel
 
-from mmssl.backbones.positions import Positions, sincos
+from mmssl.backbones.positions import Positions, resize_table, sincos
 
 
 def test_square_table_is_that_of_transformers_vit_mae():
@@ -51,11 +51,11 @@ def test_channels_that_do_not_divide_stay_zero_and_too_few_are_refused():
         sincos((2, 3, 4), 5)
 
 
-def test_sincos_is_no_parameter_and_not_stored_and_computed_for_any_grid():
+def test_sincos_is_no_parameter_and_not_stored_and_resized_to_any_grid():
     positions = Positions((2, 3), 8)
     assert not list(positions.parameters())
     assert not positions.state_dict()
-    assert torch.equal(positions((4, 5)), sincos((4, 5), 8))
+    assert torch.equal(positions((4, 5)), resize_table(sincos((2, 3), 8), (2, 3), (4, 5)))
     with torch.no_grad():
         positions().zero_()
     assert sincos((2, 3), 8).any(), "the cached table was handed out for writing"
@@ -81,7 +81,9 @@ def test_learned_tables_resize(grid, other):
         positions((2,) * (len(grid) + 1))
 
 
-def test_learned_resize_is_timms():
-    positions = Positions((4, 3), 8, "learned")
-    theirs = resample_abs_pos_embed(positions.table[None], [6, 8], [4, 3], num_prefix_tokens=0)
-    torch.testing.assert_close(positions((6, 8)), theirs[0])
+@pytest.mark.parametrize("kind", ["learned", "sincos"])
+@pytest.mark.parametrize("grid", [(6, 8), (2, 2), (12, 3), (3, 9)])
+def test_resizing_is_timms(kind, grid):
+    positions = Positions((4, 6), 8, kind)
+    theirs = resample_abs_pos_embed(positions.table[None], list(grid), [4, 6], num_prefix_tokens=0)
+    torch.testing.assert_close(positions(grid), theirs[0])

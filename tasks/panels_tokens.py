@@ -1,0 +1,195 @@
+"""What an encoder's tokens know: where the heads of the last block look, and the principal components as colours.
+
+Shape legend: B samples, N tokens, D width, H heads.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from matplotlib import colormaps
+from torch import Tensor
+
+from mmssl.backbones.inspect import attention_maps, heaviest, inputs_of
+from mmssl.backbones.vit import ViT
+from mmssl.contracts import Grid
+from mmssl.errors import UnusableData, UserError
+from modalities.encoder import Encoder
+from tasks.panels import Block, Line, Panel, Shot
+from tasks.report import Picture
+
+Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def spread(values: np.ndarray[Any, Any], grid: Grid, like: Picture) -> np.ndarray[Any, Any]:
+    """Spread one value (or row of values) per token, [N, ...], over the pixels of a picture: [h, w, ...]."""
+    if len(grid) != 2:
+        raise UserError(f"tokens on a {len(grid)}-D grid cannot be drawn; it takes a grid of rows and columns")
+    lattice = values.reshape(*grid, *values.shape[1:])
+    rows, columns = (np.arange(pixels) * n // pixels for pixels, n in zip(like.shape[:2], grid, strict=True))
+    return np.asarray(lattice[rows[:, None], columns[None, :]])
+
+
+def _finite(values: Tensor, name: str) -> Tensor:
+    if not bool(values.isfinite().all()):
+        raise UnusableData(f"{name}: its features are NaN or infinite")
+    return values
+
+
+def pixels_of(encoder: Encoder, signal: Tensor) -> Picture:
+    """Return what the encoder sees of a signal [C, *size], as a picture."""
+    return encoder.kind.picture(signal, encoder.config.signal)
+
+
+# Attention
+
+
+def attention_to_patches(encoder: Encoder, signal: Tensor) -> tuple[Tensor, Grid]:
+    """Return the last block's attention to each patch of a signal [C, *size]: float32 [H, N], and the patches' grid.
+
+    It is the class token's, or without one the mean over the queries of all patches. Raises UserError for an encoder
+    that is no ViT.
+    """
+    if not isinstance(encoder.backbone, ViT):
+        raise UserError("attention can be shown of a ViT alone; give --panel pca")
+    with inputs_of(encoder.backbone) as seen:
+        _, grid = encoder.tokens([signal])
+    maps = attention_maps(encoder.backbone, seen[0])[0]
+    looks = maps[:, 0] if encoder.num_prefix else maps.mean(1)
+    return looks[:, encoder.num_prefix :].cpu(), grid
+
+
+def attention_panel(encoder: Encoder, names: Sequence[str], signals: Sequence[Tensor], mass: float) -> Panel:
+    """Return each head's attention and the patches that hold the share ``mass`` of it, one block per signal."""
+    who = "class token" if encoder.num_prefix else "mean over all tokens (there is no class token)"
+    share = f"{100 * mass:g} %"
+    blocks = []
+    for name, signal in zip(names, signals, strict=True):
+        weights, grid = attention_to_patches(encoder, signal)
+        _finite(weights, name)
+        picture = pixels_of(encoder, signal)
+        heat, kept = [Shot("input", picture)], [Shot("input", picture)]
+        for head, (row, mask) in enumerate(zip(weights, heaviest(weights, mass), strict=True), start=1):
+            heat.append(Shot(f"head {head}", _heat(row.numpy(), grid, picture)))
+            lit = spread(mask.numpy(), grid, picture)[..., None]
+            kept.append(Shot(f"head {head}\n{int(mask.sum())} of {len(mask)}", np.where(lit, picture, picture // 5)))
+        lines = [Line("attention", heat), Line(f"patches with {share} of it", kept)]
+        blocks.append(Block(name, lines))
+    note = (
+        f"Who looks: {who}. Each map goes from 0 (dark) to its head's largest weight (bright). Below it, lit, the "
+        f"fewest patches that together hold {share} of the head's attention to patches."
+    )
+    return Panel("Attention of the last block, by head", note, blocks)
+
+
+def _heat(weights: np.ndarray[Any, Any], grid: Grid, like: Picture) -> Picture:
+    colours: Picture = colormaps["inferno"](weights / max(float(weights.max()), 1e-30), bytes=True)[:, :3]
+    return spread(colours, grid, like)
+
+
+# Principal components
+
+
+def pca_panel(
+    encoder: Encoder, names: Sequence[str], signals: Sequence[Tensor], foreground: bool
+) -> tuple[Panel, dict[str, Any]]:
+    """Return the patch tokens of each signal with their first 3 principal components as red, green and blue, and facts.
+
+    One basis serves all signals, and their order means nothing.
+    """
+    tokens, grids = [], []
+    for name, signal in zip(names, signals, strict=True):
+        part, grid = encoder.tokens([signal])
+        tokens.append(_finite(part[0], name).double().numpy())
+        grids.append(grid)
+    # Sums in an order of their own, so that the order of the files does not change the last bit.
+    order = sorted(range(len(tokens)), key=lambda i: tokens[i].tobytes())
+    joint = np.concatenate([tokens[i] for i in order])
+    border = np.concatenate([_border(grids[i]) for i in order])
+    shown = _foreground(joint, border) if foreground else np.ones(len(joint), dtype=bool)
+    colours, shares = component_colours(joint, shown)
+    ends = np.cumsum([len(tokens[i]) for i in order])
+    parts = dict(zip(order, np.split(colours, ends[:-1]), strict=True))
+    blocks = []
+    for i, (name, signal) in enumerate(zip(names, signals, strict=True)):
+        picture = pixels_of(encoder, signal)
+        shots = [Shot("input", picture), Shot("components 1-3", spread(parts[i], grids[i], picture))]
+        blocks.append(Block(name, [Line("", shots)]))
+    facts: dict[str, Any] = {"explained": shares.tolist()}
+    note = f"One basis for all files: equal colours mean alike tokens. {_explained(shares)}"
+    if foreground:
+        facts["foreground"] = float(shown.mean())
+        note += (
+            f" Black: background, the side of the first component that is commoner along the border "
+            f"({100 * (1 - shown.mean()):.0f} % of the patches); the components are of the rest alone."
+        )
+    return Panel("Principal components of the patch tokens", note, blocks), facts
+
+
+def _explained(shares: Floats) -> str:
+    parts = ", ".join(f"{100 * share:.0f}" for share in shares)
+    return (
+        f"Red, green and blue hold {parts} % of the variance. Signs: each component's largest weight is positive. "
+        "Each colour runs from its 1st to its 99th percentile over all files."
+    )
+
+
+def component_colours(tokens: Floats, shown: Bools) -> tuple[Picture, Floats]:
+    """Return the colours uint8 [N, 3] of tokens [N, D], black where not ``shown`` [N], and the 3 shares of variance."""
+    values, shares = principal(tokens[shown])
+    low, high = np.percentile(values, [1, 99], axis=0)
+    range_ = np.where(high > low, high - low, 1.0)
+    scaled = np.where(high > low, (values - low) / range_, 0.5)
+    colours = np.zeros((len(tokens), 3), dtype=np.uint8)
+    colours[shown] = np.rint(255 * scaled.clip(0, 1)).astype(np.uint8)
+    return colours, shares
+
+
+def principal(tokens: Floats, count: int = 3) -> tuple[Floats, Floats]:
+    """Return the first principal components of tokens [N, D] -> [N, count], and their shares of the variance [count].
+
+    The weight of largest magnitude in each component (the first of equal ones) is positive. Components beyond the
+    tokens' rank are zero.
+    """
+    centred = tokens - tokens.mean(0)
+    variances, axes = np.linalg.eigh(centred.T @ centred)
+    variances, axes = variances[::-1][:count].clip(0), axes[:, ::-1][:, :count]
+    total = float((centred**2).sum())
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
+    axes = axes * (variances > 1e-12 * total)  # what is left of a rank that is not there is rounding
+    values = np.zeros((len(tokens), count))
+    values[:, : axes.shape[1]] = centred @ axes
+    shares = np.zeros(count)
+    shares[: len(variances)] = variances / max(total, 1e-300)
+    return values, shares
+
+
+def _border(grid: Grid) -> Bools:
+    inside = np.zeros(grid, dtype=bool)
+    inside[tuple(slice(1, -1) for _ in grid)] = True
+    return ~inside.ravel()
+
+
+def _foreground(tokens: Floats, border: Bools) -> Bools:
+    """Mark the tokens of the things: one side of the first component, cut where the two sides differ most."""
+    first = principal(tokens, 1)[0][:, 0]
+    high = first > split(first)
+    if high.all() or not high.any():
+        return np.ones(len(first), dtype=bool)
+    # Which side is positive means nothing; a background, unlike a thing, reaches the pictures' border.
+    return high if border[high].mean() <= border[~high].mean() else ~high
+
+
+def split(values: Floats) -> float:
+    """Return the value [N] -> () above which two groups begin, where the variance between them is largest.
+
+    (Otsu, IEEE Transactions on Systems, Man and Cybernetics 9, 1979, eq. 18.)
+    """
+    ordered = np.sort(values)
+    count, total = len(ordered), ordered.sum()
+    below = np.arange(1, count)
+    sums = ordered.cumsum()[:-1]
+    means = sums / below - (total - sums) / (count - below)
+    between = below * (count - below) * means**2
+    return float(ordered[int(between.argmax())]) if count > 1 else float(values[0])

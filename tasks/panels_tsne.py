@@ -1,0 +1,129 @@
+"""A map of the vectors that ``mmssl embed`` wrote: t-SNE (van der Maaten and Hinton, JMLR 9, 2008), coloured."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from mmssl.errors import UnusableData, UserError, nearest
+from tasks.panels import DPI, INK, SOFT, Block, Line, Panel, Shot, legible, rasterize
+
+HUES = {9: ("tab10", (7,)), 18: ("tab20", (14, 15))}
+"""Up to so many groups: matplotlib's palette, and the places of its greys, which mean other things here."""
+COLOURS = max(HUES)
+"""As many groups are told apart by colour; the smaller ones beyond share a grey."""
+FEWEST = 4
+"""A map of fewer points shows nothing."""
+PERPLEXITY = 30.0
+MAP, LEGEND, ENTRY = 9.0, 3.0, 0.3
+"""Width of the map and of the legend beside it, and height of a legend's entry, in inches of ``DPI`` pixels."""
+OTHERS, UNLABELLED = "#9aa3ad", "#d4d8dd"
+
+
+def tsne_panel(path: Path, color_by: str, most: int, seed: int) -> tuple[Panel, dict[str, Any]]:
+    """Return the map of a parquet file's vectors, coloured by its column ``label`` or ``split``, and facts.
+
+    The same file and seed give the same picture. Of more than ``most`` vectors, so many are drawn by lot. Raises
+    UserError for a file that ``mmssl embed`` did not write, and UnusableData for vectors that are not finite.
+    """
+    vectors, groups, total = read_vectors(path, color_by, most, seed)
+    count = len(vectors)
+    perplexity = min(PERPLEXITY, (count - 1) / 3)
+    model = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
+    # Normalised, as k-NN and retrieval compare them: by angle.
+    directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-30)
+    with threadpool_limits(1):  # sums over threads differ in their last bits, and t-SNE makes much of these
+        places = model.fit_transform(directions)
+    which = f"{count:,} of {total:,} vectors, drawn by lot with seed {seed}" if count < total else f"{count:,} vectors"
+    note = (
+        f"{which}, coloured by {color_by}; normalised, perplexity {perplexity:g}, started from PCA, seed {seed}. "
+        "Neighbours are near each other; distances between groups and their sizes mean little."
+    )
+    shot = Shot(f"one point per file, coloured by {color_by}", rasterize(_scatter(places, groups)))
+    block = Block(legible(path.name), [Line("", [shot])])
+    panel = Panel("t-SNE", note, [block], side=max(shot.picture.shape))
+    facts = {"vectors": total, "shown": count, "perplexity": perplexity, "color_by": color_by, "seed": seed}
+    return panel, facts
+
+
+def read_vectors(
+    path: Path, color_by: str, most: int, seed: int
+) -> tuple[np.ndarray[Any, np.dtype[np.float32]], list[str | None], int]:
+    """Return at most ``most`` vectors float32 [n, dim], their groups, and how many there are in all."""
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    names = table.column_names
+    if "vector" not in names or not pa.types.is_fixed_size_list(table.schema.field("vector").type):
+        raise UserError(f"{path} holds no vectors; write it with mmssl embed")
+    if color_by not in names:
+        raise UserError(f"{path} has no column '{color_by}' to colour by{nearest(color_by, set(names) - {'vector'})}")
+    total = table.num_rows
+    if total < FEWEST:
+        raise UserError(f"{path} holds {total} vectors, and a map takes at least {FEWEST}")
+    if total > most:
+        table = table.take(np.sort(np.random.default_rng(seed).choice(total, most, replace=False)))
+    vectors = np.stack(table.column("vector").to_numpy()).astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(bad):
+        raise UnusableData(f"{path}: the vector of row {bad[0] + 1} is NaN or infinite")
+    groups = [None if value is None else str(value) for value in table.column(color_by).to_pylist()]
+    return vectors, groups, total
+
+
+def _scatter(places: np.ndarray[Any, Any], groups: Sequence[str | None]) -> Figure:
+    legend = _legend(groups)
+    entries = list(dict.fromkeys(legend.values()))
+    centre, extent = (places.max(0) + places.min(0)) / 2, np.maximum(1.06 * np.ptp(places, axis=0), 1e-9)
+    height = max(float(np.clip(MAP * extent[1] / extent[0], 4, 1.2 * MAP)), ENTRY * (len(entries) + 1))
+    width, scale = MAP + LEGEND, float((extent / (MAP, height)).max())
+    (left, right), (bottom, top) = (
+        (middle - scale * inches / 2, middle + scale * inches / 2)
+        for middle, inches in zip(centre.tolist(), (MAP, height), strict=True)
+    )
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0, 0, MAP / width, 1), xlim=(left, right), ylim=(bottom, top))
+    axes.set_axis_off()
+    size = float(np.clip(20000 / len(places), 6, 60))
+    # In the order of the file, not of the groups: no group lies on top of all others.
+    colours = [legend[group][1] for group in groups]
+    axes.scatter(places[:, 0], places[:, 1], s=size, c=colours, linewidths=0, alpha=0.8)
+    _draw_legend(figure.add_axes((MAP / width, 0, LEGEND / width, 1), xlim=(0, LEGEND), ylim=(height, 0)), entries)
+    return figure
+
+
+def _draw_legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
+    axes.set_axis_off()
+    for i, (words, colour) in enumerate(entries, start=1):
+        axes.scatter([0.15], [ENTRY * i], s=60, c=[colour], linewidths=0)
+        ink = SOFT if colour in (OTHERS, UNLABELLED) else INK
+        axes.text(0.3, ENTRY * i, words, va="center", size=9, color=ink, parse_math=False)
+
+
+def _legend(groups: Sequence[str | None]) -> dict[str | None, tuple[str, str]]:
+    """Return for each group the words of its entry and its colour; entries are in the order of the words."""
+    counts = Counter(group for group in groups if group is not None)
+    common = sorted(sorted(counts, key=lambda group: (-counts[group], group))[:COLOURS])
+    palette, greys = next(choice for most, choice in HUES.items() if len(common) <= most)
+    hues = [to_hex(colormaps[palette](i)) for i in range(colormaps[palette].N) if i not in greys]
+    legend: dict[str | None, tuple[str, str]] = {}
+    for group, hue in zip(common, hues, strict=False):
+        name = legible(group)
+        legend[group] = (f"{name if len(name) <= 24 else name[:23] + '…'}  {counts[group]:,}", hue)
+    rest = set(counts) - set(common)
+    words = f"{len(rest)} more  {sum(counts[group] for group in rest):,}"
+    legend |= dict.fromkeys(sorted(rest), (words, OTHERS))
+    if None in groups:
+        legend[None] = (f"none  {sum(group is None for group in groups):,}", UNLABELLED)
+    return legend

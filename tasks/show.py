@@ -1,0 +1,242 @@
+"""Pictures of what was learned: reconstructions, attention, components, a map of vectors, nearest neighbours."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args
+
+from rich.console import Console
+from safetensors import SafetensorError
+from torch import nn
+
+from mmssl.contracts import Reconstructs
+from mmssl.data.listing import list_files
+from mmssl.errors import UserError, nearest, sibling
+from modalities.encoder import MODALITIES, EncoderConfig, encoder_folder, load
+from tasks.build import Recipe
+from tasks.fit import load_objective
+from tasks.panels import Files, Panel, legible, read_signal, write_panel
+from tasks.panels_neighbours import neighbours_panel
+from tasks.panels_reconstruction import reconstruction_panel
+from tasks.panels_tokens import attention_panel, pca_panel
+from tasks.panels_tsne import tsne_panel
+
+Name = Literal["reconstruction", "attention", "pca", "tsne", "neighbours"]
+PANELS: tuple[Name, ...] = get_args(Name)
+MOST = {".png": 16, ".html": 200}
+"""How many files one output shows at most, by its suffix: what a person can still look at."""
+RATIOS = (0.75, 0.85, 0.95)
+
+Run: TypeAlias = tuple[Recipe, nn.Module]
+"""What a run folder holds: its recipe and its trained objective."""
+
+
+class ShowOptions(TypedDict, total=False):
+    """The options of the panels. One that is given to a panel which does not use it is a mistake."""
+
+    ratios: Sequence[float]
+    """reconstruction: which shares of the tokens are masked."""
+    mass: float
+    """attention: the share of a head's attention that the marked patches hold."""
+    foreground: bool
+    """pca: leave out the background, found by the first component, and start again without it."""
+    color_by: str
+    """tsne: the column that gives the colours, label or split."""
+    most: int
+    """tsne: how many vectors are drawn at most."""
+    data: Path | str
+    """neighbours: the folder or manifest in which to look."""
+    k: int
+    """neighbours: how many."""
+    skip_broken: bool
+    """neighbours: leave out broken files of the folder."""
+    seed: int
+    """reconstruction, tsne: of the masks, of the map and of which vectors are drawn."""
+
+
+USED_BY: dict[str, tuple[Name, ...]] = {
+    "ratios": ("reconstruction",),
+    "mass": ("attention",),
+    "foreground": ("pca",),
+    "color_by": ("tsne",),
+    "most": ("tsne",),
+    "data": ("neighbours",),
+    "k": ("neighbours",),
+    "skip_broken": ("neighbours",),
+    "seed": ("reconstruction", "tsne"),
+}
+
+
+@dataclass(frozen=True)
+class ShowResult:
+    """What was drawn where."""
+
+    out: Path
+    panel: Name
+    files: list[str]
+    note: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the panel found besides pictures."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result for JSON."""
+        facts = {"out": str(self.out), "panel": self.panel, "files": self.files, **self.facts}
+        return {"task": "show", **facts, "note": self.note}
+
+    def render(self, console: Console) -> None:
+        """Print what a person wants to know."""
+        count = f" of {len(self.files)} file{'' if len(self.files) == 1 else 's'}" if self.files else ""
+        for text in (f"{self.out}: {self.panel}{count}", self.note):
+            console.print(legible(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def show(
+    source: Path | str,
+    files: Sequence[Path | str] = (),
+    *,
+    out: Path | str,
+    panel: str | None = None,
+    **options: Unpack[ShowOptions],
+) -> ShowResult:
+    """Draw a panel into ``out``, a .png or .html file, whose folder is made if there is none.
+
+    ``source`` is a run, an encoder folder or file, or a parquet file that ``mmssl embed`` wrote; ``files`` are media
+    files or folders of them. Without ``panel``, a run whose objective reconstructs shows that, another encoder its
+    attention, and a parquet file t-SNE. Raises UserError for what does not fit together, before anything is computed,
+    and UnusableData naming the first file that is broken.
+    """
+    source, out = Path(source), Path(out)
+    _check_out(out)
+    chosen, run = _choose(source, panel)
+    _check_options(chosen, options)
+    if chosen == "tsne":
+        _check_vectors(source, files)
+        drawn, facts = tsne_panel(
+            source, options.get("color_by", "label"), options.get("most", 5000), options.get("seed", 0)
+        )
+        found = Files([], [])
+    else:
+        found, drawn, facts = _of_files(source, run, files, out, chosen, options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_panel(out, drawn)
+    return ShowResult(out, chosen, found.paths, drawn.note, facts)
+
+
+def _of_files(
+    source: Path, run: Run | None, files: Sequence[Path | str], out: Path, panel: Name, options: ShowOptions
+) -> tuple[Files, Panel, dict[str, Any]]:
+    if panel == "reconstruction":
+        assert run is not None
+        recipe, objective = run
+        assert isinstance(objective, Reconstructs)
+        found = _files(files, recipe, out)
+        signals = [read_signal(recipe, path) for path in found.paths]
+        ratios, seed = options.get("ratios", RATIOS), options.get("seed", 0)
+        drawn = reconstruction_panel(recipe, objective, source, found.names, signals, ratios, seed)
+        return found, drawn, {"ratios": list(ratios), "seed": seed}
+    encoder = load(source)
+    found = _files(files, encoder.config, out)
+    folder = None
+    if panel == "neighbours":
+        folder = list_files(options["data"], encoder.kind.suffixes, encoder.kind.name)
+    signals = [read_signal(encoder.config, path) for path in found.paths]
+    if folder is not None:
+        k, skip = options.get("k", 8), options.get("skip_broken", False)
+        return found, *neighbours_panel(encoder, found, signals, folder, k, skip)
+    if panel == "attention":
+        mass = options.get("mass", 0.6)
+        return found, attention_panel(encoder, found.names, signals, mass), {"mass": mass}
+    return found, *pca_panel(encoder, found.names, signals, options.get("foreground", False))
+
+
+# What was asked for
+
+
+def _choose(source: Path, panel: str | None) -> tuple[Name, Run | None]:
+    """Return the panel to draw, and the run where it was looked at; UserError for one that does not fit the source."""
+    chosen = next((name for name in PANELS if name == panel), None)
+    if panel is not None and chosen is None:
+        raise UserError(f"'{panel}' is not a panel{nearest(panel, PANELS)}")
+    if not source.exists():
+        raise UserError(f"{source} does not exist{sibling(source)}")
+    if source.suffix.lower() == ".parquet" and source.is_file():
+        if chosen not in (None, "tsne"):
+            raise UserError(f"{source} holds vectors, of which tsne is shown; give the encoder for {chosen}")
+        return "tsne", None
+    if chosen == "tsne":
+        raise UserError(f"tsne is shown of a .parquet file: write one first with mmssl embed {source} PATH --out FILE")
+    if chosen is not None and chosen != "reconstruction":
+        return chosen, None
+    run = _run(source)
+    reconstructs = run is not None and isinstance(run[1], Reconstructs)
+    if chosen is None:
+        return ("reconstruction" if reconstructs else "attention"), run
+    if run is None:
+        folder = encoder_folder(source).parent  # where there is no encoder either, that is the mistake
+        hint = f" {folder}" if (folder / "objective").is_dir() else ""
+        raise UserError(f"{source} is an encoder without its objective, which reconstructs: give the run{hint}")
+    if not reconstructs:
+        raise UserError(f"{source}: {run[0].objective.name} reconstructs nothing; give --panel attention or pca")
+    return chosen, run
+
+
+def _run(source: Path) -> Run | None:
+    if not (source / "objective" / "model.safetensors").is_file():
+        return None
+    try:
+        return load_objective(source)
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{source}/objective is not readable ({str(error).splitlines()[0]})") from None
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix.lower() not in MOST:
+        raise UserError(f"{out}: a panel is written as a picture or as a page, so the name must end in .png or .html")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder")
+
+
+def _check_options(panel: Name, options: ShowOptions) -> None:
+    for name in options:
+        if panel not in USED_BY[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for the panel {' or '.join(USED_BY[name])}, not for {panel}"
+            )
+    ratios, mass = options.get("ratios", RATIOS), options.get("mass", 0.6)
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+        raise UserError(f"--ratios are shares between 0 and 1, such as 0.75,0.95, but got {','.join(map(str, ratios))}")
+    if not 0 < mass < 1:
+        raise UserError(f"--mass is a share between 0 and 1, but got {mass}")
+    for name, count in (("k", options.get("k", 1)), ("most", options.get("most", 4))):
+        least = 1 if name == "k" else 4
+        if count < least:
+            raise UserError(f"--{name} must be at least {least}, but got {count}")
+    if options.get("color_by", "label") not in ("label", "split"):
+        raise UserError(f"--color-by '{options['color_by']}'{nearest(options['color_by'], ('label', 'split'))}")
+    if not 0 <= options.get("seed", 0) < 2**32:
+        raise UserError(f"--seed must be from 0 to 2^32 - 1, but got {options['seed']}")
+    if panel == "neighbours" and "data" not in options:
+        raise UserError("neighbours are looked for in a folder: give --data")
+
+
+def _check_vectors(source: Path, files: Sequence[Path | str]) -> None:
+    if files:
+        raise UserError(f"{source} holds vectors, so no further file is shown: leave out {files[0]}")
+
+
+def _files(given: Sequence[Path | str], config: EncoderConfig, out: Path) -> Files:
+    """Return the files to show, folders opened; UserError for none, too many, or one that ``out`` would overwrite."""
+    if not given:
+        raise UserError(f"show needs at least one file of modality {config.modality}")
+    kind = MODALITIES[config.modality]
+    paths = [path for item in given for path in list_files(item, kind.suffixes, kind.name).paths]
+    most = MOST[out.suffix.lower()]
+    if len(paths) > most:
+        other = f", or an .html page, which shows up to {MOST['.html']}" if out.suffix.lower() == ".png" else ""
+        raise UserError(f"{out} shows at most {most} files, but {len(paths)} were given; give fewer{other}")
+    if os.path.realpath(out) in map(os.path.realpath, paths):
+        raise UserError(f"{out} is one of the files to show; give another name")
+    # As short as tells them apart: the parts of the paths below what all have in common.
+    base = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
+    return Files(paths, [legible(os.path.relpath(path, base)) for path in paths])

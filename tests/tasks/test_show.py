@@ -1,0 +1,496 @@
+"""The panels: what they show against what was computed, the same bytes twice, and a sentence for each mistake."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from PIL import Image
+from sklearn.decomposition import PCA
+
+from mmssl.backbones.inspect import attention_maps, heaviest
+from mmssl.data.listing import list_files
+from mmssl.errors import UnusableData, UserError
+from modalities.encoder import load
+from tasks.cli import main
+from tasks.fit import load_objective
+from tasks.panels import CAPTION, Block, Files, Line, Panel, Shot, draw, fit, legible, read_signal, shorten, wrap
+from tasks.panels_neighbours import neighbours_panel
+from tasks.panels_reconstruction import reconstruction_panel
+from tasks.panels_tokens import attention_panel, component_colours, pca_panel, principal, split
+from tasks.panels_tsne import read_vectors, tsne_panel
+from tasks.pretrain import pretrain
+from tasks.show import PANELS, show
+
+SUFFIXES = frozenset({".png"})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, photos, tiny_settings):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("show") / "run"
+    pretrain("image-mae-tiny", photos / "train", out, {**tiny_settings, "train.steps": 2})
+    return out
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    """A parquet file as embed writes it: 40 vectors in two groups, some without a label."""
+    path = tmp_path_factory.mktemp("vectors") / "v.parquet"
+    return write_vectors(path, ["left", "right"] * 18 + [None] * 4)
+
+
+def write_vectors(path, labels, dim=6, spoil=None):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(len(labels), dim)).astype(np.float32)
+    values[:, 0] += [4.0 if label == "left" else -4.0 for label in labels]
+    if spoil is not None:
+        values[spoil, 0] = np.nan
+    columns = {
+        "path": [f"{i}.png" for i in range(len(labels))],
+        "split": pa.array([None if i % 3 == 0 else "train" for i in range(len(labels))], pa.string()),
+        "label": pa.array(labels, pa.string()),
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dim),
+    }
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.fixture
+def files(photos):
+    return sorted((photos / "test" / "along").glob("*.png"))[:3]
+
+
+@pytest.fixture
+def ask(capfd):
+    def call(*words):
+        code = main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return call
+
+
+def signals_of(encoder, files):
+    return [read_signal(encoder.config, str(file)) for file in files]
+
+
+def pictures(block):
+    return [[shot.picture for shot in line.shots] for line in block.lines]
+
+
+# Reconstruction
+
+
+def reconstructed(run, files, ratios=(0.75, 0.85, 0.95), seed=0):
+    recipe, objective = load_objective(run)
+    signals = [read_signal(recipe, str(file)) for file in files]
+    names = [file.name for file in files]
+    return recipe, objective, reconstruction_panel(recipe, objective, run, names, signals, ratios, seed)
+
+
+def cut(picture):
+    """The 16 patches of 4 x 4 pixels of a picture of 16 x 16."""
+    return picture.reshape(4, 4, 4, 4, 3).swapaxes(1, 2).reshape(16, -1)
+
+
+def test_reconstruction_shows_what_is_seen_and_predicts_the_rest(run, files):
+    _, _, panel = reconstructed(run, files, (0.25, 0.5, 0.75))
+    for block in panel.blocks:
+        (line,) = pictures(block)
+        original, seen_before = cut(line[0]), np.ones(16, dtype=bool)
+        for i, count in enumerate((12, 8, 4)):
+            masked, predicted = cut(line[1 + 2 * i]), cut(line[2 + 2 * i])
+            grey = (masked == np.tile(masked[~(masked == original).all(1)][0], (16, 1))).all(1)
+            assert (~grey).sum() == count
+            np.testing.assert_array_equal(masked[~grey], original[~grey])
+            np.testing.assert_array_equal(predicted[~grey], original[~grey])
+            assert (predicted[grey] != original[grey]).any(1).all()
+            assert not (~grey & ~seen_before).any()  # what is seen at a higher ratio is seen at a lower one
+            seen_before = ~grey
+    captions = [shot.caption for shot in panel.blocks[0].lines[0].shots]
+    assert captions[:3] == ["original", "25 % masked\n12 of 16 seen", "reconstruction"]
+    assert "brightness and contrast of each hidden patch are those of the true" in panel.note
+
+
+def test_masks_follow_from_the_seed_and_the_ratio_reaches_the_objectives_own_mask(run, files):
+    _, _, first = reconstructed(run, files, (0.75,))
+    _, _, again = reconstructed(run, files, (0.75,))
+    _, _, other = reconstructed(run, files, (0.75,), seed=1)
+    assert np.array_equal(draw(first), draw(again))
+    assert not np.array_equal(draw(first), draw(other))
+    masks = [pictures(block)[0][1] for block in reconstructed(run, [files[0]] * 2, (0.75,))[2].blocks]
+    assert not np.array_equal(*masks)  # each file has its own
+
+
+# Attention
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_attention_shows_the_last_blocks_weights(tiny_encoder, files, cls_token):
+    encoder = tiny_encoder(cls_token=cls_token)
+    signals = signals_of(encoder, files)
+    panel = attention_panel(encoder, [f.name for f in files], signals, 0.6)
+    assert ("class token." in panel.note) == cls_token
+    assert ("mean over all tokens" in panel.note) != cls_token
+    for signal, block in zip(signals, panel.blocks, strict=True):
+        tokens = encoder.tokenizer.embed(encoder.tokenizer.patches(signal[None]))
+        if cls_token:
+            tokens = torch.cat([encoder.cls_token.expand(1, 1, -1), tokens], dim=1)
+        maps = attention_maps(encoder.backbone, tokens)[0]
+        weights = maps[:, 0, 1:] if cls_token else maps.mean(1)
+        heat, kept = pictures(block)
+        assert len(heat) == len(kept) == 1 + 4
+        for head, mask in enumerate(heaviest(weights, 0.6).numpy(), start=1):
+            share = (weights[head - 1] / weights[head - 1].max()).numpy()
+            np.testing.assert_array_equal(cut(heat[head])[:, :3], colormaps["inferno"](share, bytes=True)[:, :3])
+            lit = (cut(kept[head]) == cut(kept[0])).all(1)
+            np.testing.assert_array_equal(lit, mask)
+            assert block.lines[1].shots[head].caption == f"head {head}\n{mask.sum()} of 16"
+
+
+def test_weights_that_are_not_finite_are_not_drawn(tiny_encoder, files):
+    encoder = tiny_encoder()
+    torch.nn.init.constant_(encoder.backbone.blocks[0].mlp.fc2.bias, torch.nan)
+    signals = signals_of(encoder, files)
+    with pytest.raises(UnusableData, match="x: its features are NaN"):
+        attention_panel(encoder, ["x"], signals[:1], 0.6)
+    with pytest.raises(UnusableData, match="x: its features are NaN"):
+        pca_panel(encoder, ["x"], signals[:1], False)
+
+
+# Principal components
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_permuting_files_permutes_panels(tiny_encoder, files, foreground):
+    encoder = tiny_encoder()
+    signals, names = signals_of(encoder, files), [f.name for f in files]
+    panel, facts = pca_panel(encoder, names, signals, foreground)
+    order = [2, 0, 1]
+    permuted, again = pca_panel(encoder, [names[i] for i in order], [signals[i] for i in order], foreground)
+    assert again == facts
+    for i, block in zip(order, permuted.blocks, strict=True):
+        assert block.name == names[i]
+        np.testing.assert_array_equal(pictures(block), pictures(panel.blocks[i]))
+    alone, _ = pca_panel(encoder, names[:1], signals[:1], foreground)
+    assert not np.array_equal(pictures(alone.blocks[0]), pictures(panel.blocks[0]))  # one basis for all
+
+
+def test_signals_of_different_sizes_share_a_page(tiny_encoder, run):
+    encoder, names = tiny_encoder(), ["square", "wide"]
+    recipe, objective = load_objective(run)
+    signals = [torch.randn(3, 16, 16), torch.randn(3, 8, 24)]
+    panels = [
+        attention_panel(encoder, names, signals, 0.6),
+        pca_panel(encoder, names, signals, True)[0],
+        reconstruction_panel(recipe, objective, run, names, signals, (0.5,), 0),
+    ]
+    for panel in panels:
+        shapes = [{picture.shape for line in pictures(block) for picture in line} for block in panel.blocks]
+        assert shapes == [{(16, 16, 3)}, {(8, 24, 3)}]
+        assert draw(panel).ndim == 3
+
+
+def test_components_equal_scikit_learns_and_have_their_sign(tiny_encoder):
+    tokens = np.random.default_rng(0).normal(size=(50, 8)) * np.arange(1, 9)
+    values, shares = principal(tokens)
+    theirs = PCA(3).fit(tokens)
+    np.testing.assert_allclose(np.abs(values), np.abs(theirs.transform(tokens)), atol=1e-9)
+    np.testing.assert_allclose(shares, theirs.explained_variance_ratio_)
+    weights = np.linalg.lstsq(values, tokens - tokens.mean(0), rcond=None)[0]
+    assert (weights[range(3), np.abs(weights).argmax(1)] > 0).all()
+    np.testing.assert_allclose(principal(-tokens)[0], -values, atol=1e-9)
+
+
+def test_components_beyond_the_rank_are_grey():
+    line = np.outer(np.arange(10.0), np.ones(6))
+    values, shares = principal(line)
+    assert not values[:, 1:].any()
+    np.testing.assert_allclose(shares, [1, 0, 0], atol=1e-12)
+    colours, _ = component_colours(line, np.ones(10, dtype=bool))
+    assert (colours[:, 1:] == 128).all()
+    assert colours[:, 0].min() == 0
+    assert colours[:, 0].max() == 255
+    assert principal(np.ones((4, 2)))[0].shape == (4, 3)
+
+
+def test_background_is_black_and_has_no_part_in_the_colours(tiny_encoder, monkeypatch):
+    encoder = tiny_encoder()
+    rng = np.random.default_rng(0)
+    inside = np.zeros((4, 4), dtype=bool)
+    inside[1:3, 1:3] = True
+    # The thing lies inside; the background's tokens are far away from it.
+    tokens = torch.from_numpy(rng.normal(size=(16, 8)) - 40 * ~inside.ravel()[:, None])
+    for sign in (1, -1):  # whichever side is positive
+        monkeypatch.setattr(encoder, "tokens", lambda _, sign=sign: (sign * tokens[None].float(), (4, 4)))
+        panel, facts = pca_panel(encoder, ["x"], [torch.zeros(3, 16, 16)], True)
+        colours = cut(pictures(panel.blocks[0])[0][1])
+        np.testing.assert_array_equal(colours.any(1), inside.ravel())
+        assert facts["foreground"] == 0.25
+        assert facts["explained"][0] < 0.9
+
+
+def test_the_split_lies_between_two_groups():
+    values = np.array([1.0, 1.2, 0.9, 5.0, 5.1, 1.1])
+    assert split(values) == 1.2
+    assert split(np.array([3.0, 3.0])) == 3.0
+    assert split(-values) == -5.0
+
+
+# t-SNE
+
+
+def test_tsne_is_reproducible_and_says_what_it_shows(vectors, tmp_path):
+    panel, facts = tsne_panel(vectors, "label", 5000, 0)
+    assert np.array_equal(draw(tsne_panel(vectors, "label", 5000, 0)[0]), draw(panel))
+    assert facts == {"vectors": 40, "shown": 40, "perplexity": 13.0, "color_by": "label", "seed": 0}
+    assert panel.note.startswith("40 vectors, coloured by label")
+    fewer, facts = tsne_panel(vectors, "split", 20, 3)
+    assert (facts["vectors"], facts["shown"]) == (40, 20)
+    assert fewer.note.startswith("20 of 40 vectors, drawn by lot with seed 3, coloured by split")
+    drawn = [read_vectors(vectors, "label", 20, seed)[0] for seed in (0, 0, 1)]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+
+
+def test_more_groups_than_colours_share_a_grey(tmp_path):
+    from tasks.panels_tsne import OTHERS, UNLABELLED, _legend
+
+    groups = [f"class {i:02d}" for i in range(30) for _ in range(30 - i)] + [None]
+    legend = _legend(groups)
+    assert len({colour for _, colour in legend.values()}) == 18 + 2
+    assert legend["class 17"] != legend["class 18"] == legend["class 29"] == ("12 more  78", OTHERS)
+    assert legend[None] == ("none  1", UNLABELLED)
+    assert len({colour for _, colour in _legend(groups[:100]).values()}) == len(set(groups[:100]))
+
+
+def test_vectors_that_cannot_be_shown(tmp_path):
+    with pytest.raises(UnusableData, match="row 6 is NaN"):
+        tsne_panel(write_vectors(tmp_path / "a.parquet", ["x"] * 8, spoil=5), "label", 5000, 0)
+    with pytest.raises(UserError, match="holds 3 vectors, and a map takes at least 4"):
+        tsne_panel(write_vectors(tmp_path / "b.parquet", ["x"] * 3), "label", 5000, 0)
+    pq.write_table(pa.table({"path": ["x"] * 5}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="holds no vectors; write it with mmssl embed"):
+        tsne_panel(tmp_path / "c.parquet", "label", 5000, 0)
+
+
+# Neighbours
+
+
+def nearest_of(run, files, folder, k, skip_broken=False):
+    encoder = load(run)
+    named = Files([str(f) for f in files], [f.name for f in files])
+    listing = list_files(folder, SUFFIXES, "image")
+    return neighbours_panel(encoder, named, signals_of(encoder, files), listing, k, skip_broken)
+
+
+def test_neighbours_are_the_nearest_others(run, photos, files):
+    panel, facts = nearest_of(run, files, photos / "test", 4)
+    encoder, paths = load(run), list_files(photos / "test", SUFFIXES, "image").paths
+    every, asked = (F.normalize(encoder.embed(list(group)), dim=1) for group in (paths, files))
+    for file, row, found, block in zip(files, asked @ every.T, facts["neighbours"], panel.blocks, strict=True):
+        row[paths.index(str(file))] = -2
+        assert [str(photos / "test" / n["path"]) for n in found] == [paths[i] for i in row.topk(4).indices]
+        np.testing.assert_allclose([n["similarity"] for n in found], row.topk(4).values, atol=1e-5)
+        shots = block.lines[0].shots
+        assert [shot.caption.split("\n")[1] for shot in shots[1:]] == [n["path"] for n in found]
+        nearest = encoder.kind.picture(read_signal(encoder.config, paths[int(row.argmax())]), encoder.config.signal)
+        assert np.array_equal(shots[1].picture, nearest)
+
+
+def test_a_file_is_not_its_own_neighbour_by_any_spelling_but_a_copy_is(run, files, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, file in enumerate(files):
+        shutil.copy(file, folder / f"{i}.png")
+    shutil.copy(files[0], folder / "copy.png")
+    (folder / "link.png").symlink_to("0.png")
+    (tmp_path / "other").symlink_to(folder)
+    panel, facts = nearest_of(run, [tmp_path / "other" / "0.png", folder / "1.png"], folder, 3)
+    first, second = ([n["path"] for n in found] for found in facts["neighbours"])
+    assert first[0] == "copy.png"
+    assert set(first) == {"copy.png", "1.png", "2.png"}
+    assert "1.png" not in second
+    assert len(second) == 3
+    assert "no more than" not in panel.note
+    assert "no more than 3 others" in nearest_of(run, [folder / "0.png"], folder, 8)[0].note
+    (folder / "broken.png").write_bytes(b"words")
+    with pytest.raises(UnusableData, match=r"broken\.png"):
+        nearest_of(run, files[:1], folder, 2)
+    panel, facts = nearest_of(run, files[:1], folder, 2, skip_broken=True)
+    assert facts["skipped"][0]["path"] == "broken.png"
+    assert "1 broken files are left out" in panel.note
+
+
+# The page
+
+
+def test_pictures_stand_on_the_page_pixel_by_pixel():
+    rng = np.random.default_rng(0)
+    blocks = [
+        Block(f"file {i}", [Line("label", [Shot("one\ntwo", p), Shot("one", p)])])
+        for i, p in enumerate(rng.integers(0, 255, (5, 96, 80, 3), dtype=np.uint8))
+    ]
+    page = draw(Panel("Title", "A note. " * 60, blocks))
+    assert page.dtype == np.uint8
+    for block in blocks:
+        expected = fit(block.lines[0].shots[0].picture, 192)
+        assert expected.shape == (192, 160, 3)
+        where = np.argwhere((page[:-191, :-159] == expected[0, 0]).all(2))
+        found = [(y, x) for y, x in where if np.array_equal(page[y : y + 192, x : x + 160], expected)]
+        assert len(found) == 2
+        assert found[1][1] - found[0][1] > 160
+
+
+def test_many_pictures_in_a_row_shrink_to_the_width():
+    shots = [Shot("a very long caption indeed, longer than the picture", np.zeros((64, 64, 3), np.uint8))] * 13
+    page = draw(Panel("T", "", [Block("x", [Line("", shots)])] * 2))
+    assert page.shape[1] <= 1800
+    assert (page == 0).all(2).sum() >= 13 * 2 * 64 * 64
+
+
+def test_fit_keeps_pixels_square_and_never_exceeds_the_side():
+    picture = np.arange(10 * 4 * 3, dtype=np.uint8).reshape(10, 4, 3)
+    assert np.array_equal(fit(picture, 25)[::2, ::2], picture)
+    assert fit(picture, 5).shape == (5, 2, 3)
+    assert fit(np.zeros((1000, 1, 3), np.uint8), 10).shape == (10, 1, 3)
+
+
+def test_text_stays_in_its_room():
+    from tasks.panels import _ruler
+
+    measure, long = _ruler(CAPTION), "a/rather/long/path/to/some/picture-0123456789.png"
+    short = shorten(long, 120, CAPTION)
+    assert measure(short) <= 120 < measure(long)
+    assert short.startswith("a/r")
+    assert short.endswith("9.png")
+    lines = wrap("word " * 50, 200, CAPTION)
+    assert all(measure(line) <= 200 for line in lines)
+    assert " ".join(lines).split() == ["word"] * 50
+    assert legible("a\udcffb\nc$x^2$") == "a\\udcffb\\nc$x^2$"
+    draw(Panel("日本 $x", "\\alpha", [Block("$", [Line("", [Shot("_^", np.zeros((8, 8, 3), np.uint8))])])]))
+
+
+# The command
+
+
+@pytest.mark.parametrize("suffix", [".png", ".html"])
+@pytest.mark.parametrize("panel", PANELS)
+def test_two_calls_write_the_same_bytes(run, vectors, photos, files, tmp_path, panel, suffix):
+    source, given = (vectors, []) if panel == "tsne" else (run, files)
+    options = {"data": photos / "test"} if panel == "neighbours" else {}
+    outs = [tmp_path / name / f"out{suffix}" for name in ("a", "b")]
+    for out in outs:
+        result = show(source, given, out=out, panel=panel, **options)
+        assert json.loads(json.dumps(result.as_dict()))["files"] == [str(file) for file in given]
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert [path.name for path in outs[0].parent.iterdir()] == [f"out{suffix}"]
+    if suffix == ".png":
+        with Image.open(outs[0]) as image:
+            assert image.mode == "RGB"
+            assert min(image.size) > 100
+    else:
+        text = outs[0].read_text()
+        assert text.count("<img") >= max(1, 2 * len(given))
+        assert all(file.name in text for file in given)
+
+
+def test_the_source_decides_what_is_shown(ask, run, vectors, files, tmp_path):
+    for source, given, panel in ((run, files, "reconstruction"), (run / "encoder", files, "attention"),
+                                 (vectors, (), "tsne")):  # fmt: skip
+        code, out, _ = ask("show", source, *given, "--out", tmp_path / "x.png", "--json")
+        assert code == 0
+        result = json.loads(out)
+        assert result["panel"] == panel
+        assert result["out"] == str(tmp_path / "x.png")
+    code, out, _ = ask("show", run, files[0].parent, "--panel", "pca", "--foreground", "--out", tmp_path / "x.html")
+    assert code == 0
+    assert "x.html: pca of 4 files" in out
+    code, out, _ = ask("show", run, files[0], "--ratios", "0.5", "--seed", "7", "--out", tmp_path / "y.png", "--json")
+    assert json.loads(out)["ratios"] == [0.5]
+
+
+def test_a_broken_file_exits_3_and_leaves_nothing(ask, run, files, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(files[0].read_bytes()[:60])
+    for panel in ("reconstruction", "attention", "pca"):
+        code, _, err = ask("show", run, files[0], bad, "--panel", panel, "--out", tmp_path / "x.png")
+        assert code == 3
+        assert f"{bad}: truncated" in err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_an_objective_that_reconstructs_nothing_shows_its_attention(run, files, tmp_path, monkeypatch):
+    recipe, _ = load_objective(run)
+    monkeypatch.setattr("tasks.show.load_objective", lambda _: (recipe, torch.nn.Identity()))
+    assert show(run, files, out=tmp_path / "x.png").panel == "attention"
+    with pytest.raises(UserError, match="mae reconstructs nothing; give --panel attention or pca"):
+        show(run, files, out=tmp_path / "x.png", panel="reconstruction")
+
+
+def test_damaged_weights_are_a_sentence(ask, run, files, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    weights = copy / "objective" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    code, _, err = ask("show", copy, files[0], "--out", tmp_path / "x.png")
+    assert code == 2
+    assert "copy/objective is not readable" in err
+    assert ask("show", copy, files[0], "--panel", "attention", "--out", tmp_path / "x.png")[0] == 0
+
+
+# fmt: off
+# ruff: noqa: E501
+MISTAKES = {
+    "{run} {file} --out {new}.jpg": "must end in .png or .html",
+    "{run} {file}": "Missing option '--out'",
+    "{run} --out {new}.png": "at least one file of modality image",
+    "{run}x {file} --out {new}.png": "does not exist; did you mean 'run'?",
+    "{run} {file}g --out {new}.png": "does not exist; did you mean",
+    "{run} {run}/config.yaml --out {new}.png": "neither a folder, a manifest",
+    "{run} {file} --out {new}.png --panel atention": "'atention' is not a panel; did you mean 'attention'?",
+    "{run}/encoder {file} --out {new}.png --panel reconstruction": "give the run {run}",
+    "{photos} {file} --out {new}.png": "neither an encoder folder nor a run",
+    "{photos} {file} --out {new}.png --panel reconstruction": "neither an encoder folder nor a run",
+    "{run} {file} --out {new}.png --panel tsne": "write one first with mmssl embed",
+    "{vectors} {file} --out {new}.png": "no further file is shown",
+    "{vectors} --out {new}.png --panel attention": "give the encoder for attention",
+    "{vectors} --out {new}.png --color-by labl": "did you mean 'label'?",
+    "{vectors} --out {new}.png --most 3": "--most must be at least 4",
+    "{run} {file} --out {new}.png --ratios 0.5,1": "--ratios are shares between 0 and 1",
+    "{run} {file} --out {new}.png --ratios half": "--ratios half: give numbers",
+    "{run} {file} --out {new}.png --ratios nan": "--ratios are shares between 0 and 1",
+    "{run} {file} --out {new}.png --panel attention --mass 1.5": "--mass is a share between 0 and 1",
+    "{run} {file} --out {new}.png --panel attention --ratios 0.5": "--ratios is for the panel reconstruction, not for attention",
+    "{run} {file} --out {new}.png --mass 0.5": "--mass is for the panel attention, not for reconstruction",
+    "{run} {file} --out {new}.png --panel neighbours": "give --data",
+    "{run} {file} --out {new}.png --panel neighbours --data {photos}x": "does not exist",
+    "{run} {file} --out {new}.png --panel neighbours --data {file}": "no other file",
+    "{run} {file} --out {new}.png --panel neighbours --data {photos} -k 0": "--k must be at least 1",
+    "{run} {file} --out {new}.png --seed -1": "--seed must be from 0",
+    "{run} {photos} --out {new}.png": "shows at most 16 files, but 30 were given; give fewer, or an .html page",
+    "{run} {file} --out {folder}": "is a folder",
+    "{run} {file} --out {file}": "is one of the files to show",
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_exit_2(ask, run, vectors, photos, files, tmp_path, line):
+    (tmp_path / "folder.png").mkdir()
+    before = files[0].read_bytes()
+    places = {"run": run, "vectors": vectors, "photos": photos, "file": files[0], "new": tmp_path / "new",
+              "folder": tmp_path / "folder.png"}  # fmt: skip
+    code, out, err = ask("show", *line.format(**places).split())
+    assert code == 2, err
+    assert MISTAKES[line].format(**places) in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not list(tmp_path.glob("new*"))
+    assert files[0].read_bytes() == before

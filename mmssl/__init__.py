@@ -3,7 +3,9 @@
 The public API of all three packages, imported when it is first used:
 
 - ``load(path)`` and ``Encoder``: what a run leaves behind, files in and vectors out.
-- ``pretrain(recipe, data, out)``, ``finetune(encoder, train, test, out)``: training.
+- ``pretrain(recipe, data, out)``, ``finetune(encoder, train, test, out)``: training; ``finetune_seeds`` does it with
+  several seeds.
+- ``Classifier(path)``: what fine-tuning leaves behind, files in and class names out; ``predict`` does whole folders.
 - ``knn``, ``linear_probe``, ``embed``: frozen evaluation; ``list_files`` makes the listings they take.
 - ``MmsslError`` and its kinds: what can go wrong, in a sentence.
 """
@@ -15,15 +17,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmssl.data.listing import Listing, list_files
     from mmssl.errors import MmsslError, UnusableData, UserError
+    from modalities.classifier import Classifier
     from modalities.encoder import Encoder, load
     from tasks.build import load_recipe
     from tasks.embed import embed
-    from tasks.finetune import finetune
+    from tasks.finetune import finetune, finetune_seeds
     from tasks.knn import knn
     from tasks.linear_probe import linear_probe
+    from tasks.predict import predict
     from tasks.pretrain import pretrain
 
 _HOME = {
+    "Classifier": "modalities.classifier",
     "Encoder": "modalities.encoder",
     "Listing": "mmssl.data.listing",
     "MmsslError": "mmssl.errors",
@@ -31,15 +36,18 @@ _HOME = {
     "UserError": "mmssl.errors",
     "embed": "tasks.embed",
     "finetune": "tasks.finetune",
+    "finetune_seeds": "tasks.finetune",
     "knn": "tasks.knn",
     "linear_probe": "tasks.linear_probe",
     "list_files": "mmssl.data.listing",
     "load": "modalities.encoder",
     "load_recipe": "tasks.build",
+    "predict": "tasks.predict",
     "pretrain": "tasks.pretrain",
 }
 
 __all__ = [
+    "Classifier",
     "Encoder",
     "Listing",
     "MmsslError",
@@ -47,11 +55,13 @@ __all__ = [
     "UserError",
     "embed",
     "finetune",
+    "finetune_seeds",
     "knn",
     "linear_probe",
     "list_files",
     "load",
     "load_recipe",
+    "predict",
     "pretrain",
 ]
 

@@ -38,6 +38,11 @@ class ObjectiveConfig(Piece, ABC):
 
     name: str
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What the number of samples in a micro-batch must be a multiple of."""
+        return 1
+
     @abstractmethod
     def build(self, encoders: Mapping[str, EncoderModule]) -> Objective:
         """Make the objective around the encoders, given by modality."""
@@ -58,8 +63,11 @@ class DataConfig(Piece):
 
 
 class OptimConfig(Piece):
-    """AdamW with a warm-up and a cosine (MAE, arXiv:2111.06377, table 8)."""
+    """The optimiser, a warm-up and a cosine; by default AdamW (MAE, arXiv:2111.06377, table 8)."""
 
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    """sgd: with momentum. lars: a rate per layer besides (arXiv:1708.03888), for linear probes with large batches.
+    DeepSpeed has adamw alone."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate. If not given, ``base_lr`` x batch size / 256."""
     base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
@@ -67,9 +75,12 @@ class OptimConfig(Piece):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the cosine."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Decoupled decay of matrices; biases, norms and tokens have none."""
+    """Decay of matrices, decoupled in adamw, else added to the gradient; biases, norms and tokens have none."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """adamw: decay of the averages of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """sgd and lars: how much of the last step goes on."""
     warmup: str | float = 0.05
     """Linear warm-up: a fraction of the run, "40ep" or "500st"; never longer than the run."""
     clip: Annotated[float, Field(gt=0)] | None = None
@@ -128,6 +139,10 @@ class TrainConfig(Piece):
     """Decay of an exponential moving average of the weights, which then is what the encoder folder holds."""
     log_every: Annotated[int, Field(gt=0)] = 10
     """Steps per line of metrics.jsonl; a line holds the mean over them."""
+    validate_every: Annotated[float, Field(gt=0)] = 1.0
+    """Epochs between two measurements on the validation part, where there is one; the last step is always measured."""
+    patience: Annotated[int, Field(gt=0)] | None = None
+    """Stop after so many measurements without a new best; none is never. What is kept are the best weights anyway."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":

@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 
 import numpy as np
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch: TypeAlias = dict[str, Tensor]
 """What collate makes and an objective consumes. Every value has the sample as its first axis.
 
 ``signal``: float32 [B, C, *size]; ``index``: int64 [B], the sample's global index; ``seed``: int64 [B], what stochastic
-layers draw from; ``keep`` [B, K] and ``drop`` [B, M]: int64 mask indices; ``target``: int64 [B] class indices.
+layers draw from; ``keep`` [B, K] and ``drop`` [B, M]: int64 mask indices; ``target``: int64 [B] class indices, or 0 and
+1 per class, float32 [B, classes].
 An objective uses the keys that it needs.
 """
 
@@ -158,6 +159,15 @@ class Reconstructs(Objective, Protocol):
 
     def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (the signal with masked patches predicted, the mask as 0/1 pixels), both [B, C, *size]."""
+        ...
+
+
+@runtime_checkable
+class Classifies(Objective, Protocol):
+    """An objective that trains a classifier on its one encoder, to be kept beside it."""
+
+    def classifier(self) -> tuple[nn.Module, dict[str, Any]]:
+        """Return the head, and as JSON values its settings and the names of the classes."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Facts about the ranks of a run, and the little they say to each other outside the gradients."""
+"""Facts about the ranks of a run, sums over them that carry gradients, and the little else they say to each other."""
 
 import os
 from collections.abc import Sequence
@@ -30,6 +30,36 @@ def world() -> World:
         return int(os.environ.get(name, default))
 
     return World(fact("RANK", 0), fact("WORLD_SIZE", 1), fact("LOCAL_RANK", 0), fact("LOCAL_WORLD_SIZE", 1))
+
+
+def ranks() -> int:
+    """Return how many processes a collective reaches: 1 where none were joined."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over the ranks, differentiably. A collective, and so is its backward pass.
+
+    The gradient of a rank's tensor is the sum over the ranks of what each says of the total. So where engines average
+    the ranks' losses and gradients, both are those of one process with the whole batch.
+    """
+    return tensor if ranks() == 1 else _SumOverRanks.apply(tensor)  # type: ignore[no-untyped-call]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return _summed(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _summed(grad)
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
 
 class Council:

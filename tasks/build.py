@@ -21,11 +21,11 @@ from mmssl.config import (
     read_yaml,
     validate,
 )
-from mmssl.contracts import Objective
-from mmssl.cost import Cost, measure, sample_batch
+from mmssl.contracts import Batch, Objective, Size
+from mmssl.cost import Cost, Footprint, footprint, measure, sample_batch
 from mmssl.distributed import World
 from mmssl.engine import Engine
-from mmssl.engine.optim import adamw, param_groups
+from mmssl.engine.optim import LARS, adamw, param_groups, sgd
 from mmssl.engine.torch_engine import TorchEngine
 from mmssl.errors import UserError, nearest
 from mmssl.objectives import OBJECTIVES
@@ -107,12 +107,32 @@ def build_objective(recipe: Recipe) -> nn.Module:
     return objective
 
 
+def sketch_objective(recipe: Recipe) -> nn.Module:
+    """Make the objective without the bytes of its weights: to plan what does not fit here."""
+    with torch.device("meta"):
+        return build_objective(recipe)
+
+
 def measure_cost(recipe: Recipe, objective: nn.Module) -> Cost:
-    """Return what one sample of a recipe costs."""
+    """Return what one sample of a recipe costs; of several sizes, one of the encoder's own."""
+    return measure(objective, synthetic(objective, next(iter(MODALITIES[recipe.modality].sizes(recipe.signal)))))
+
+
+def measure_memory(recipe: Recipe, objective: nn.Module, samples: int) -> Footprint:
+    """Return the bytes of an optimiser step on micro-batches of ``samples``; of several sizes, the greatest's."""
+    accumulate, bf16 = recipe.train.accumulate, use_bf16(recipe, default_device())
+    sizes = MODALITIES[recipe.modality].sizes(recipe.signal)
+    feet = (footprint(objective, synthetic(objective, size), samples, accumulate, bf16) for size in sizes)
+    return max(feet, key=lambda foot: foot.batch + foot.peak())
+
+
+def synthetic(objective: nn.Module, size: Size) -> Batch:
+    """Return a batch of one synthetic sample of ``size`` for an objective."""
     viewed = as_objective(objective)
     tokenizer = next(iter(viewed.encoders().values())).tokenizer
-    blank = tokenizer.unpatch(torch.zeros(1, prod(tokenizer.grid), tokenizer.patch_dim))
-    return measure(objective, sample_batch(tuple(blank.shape[1:]), viewed.draw(), tokenizer.grid))
+    grid = tokenizer.grid_of(size)
+    blank = tokenizer.unpatch(torch.zeros(1, prod(grid), tokenizer.patch_dim), grid)
+    return sample_batch(tuple(blank.shape[1:]), viewed.draw(), grid)
 
 
 def as_objective(module: nn.Module) -> Objective:
@@ -135,6 +155,8 @@ def deepspeed_settings(recipe: Recipe, world: World, asked: str | None) -> dict[
         return None
     if length.compile:
         raise UserError("train.compile is for the torch engine; leave it out under DeepSpeed")
+    if recipe.optim.name != "adamw":
+        raise UserError(f"optim.name '{recipe.optim.name}' is for the torch engine; DeepSpeed runs with 'adamw' alone")
     from mmssl.engine.deepspeed_setup import merge, system_config
 
     name = asked or "zero0"
@@ -164,11 +186,19 @@ def use_bf16(recipe: Recipe, device: torch.device) -> bool:
 def build_engine(recipe: Recipe, objective: nn.Module, device: torch.device, ds: dict[str, Any] | None) -> Engine:
     """Make the engine: DeepSpeed with the configuration ``ds``, or the torch one for None."""
     optim, length = recipe.optim, recipe.train
-    groups = param_groups(objective, optim.weight_decay, optim.layer_decay, recipe.model.backbone.depth)
     if ds is not None:
         from mmssl.engine.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(objective, adamw(groups, optim.betas, optim.eps), ds, length.ema)
+        return DeepSpeedEngine(objective, make_optimizer(recipe, objective), ds, length.ema)
     objective.to(device)
-    optimizer = adamw(groups, optim.betas, optim.eps)
+    optimizer = make_optimizer(recipe, objective)
     return TorchEngine(objective, optimizer, device, use_bf16(recipe, device), optim.clip, length.ema, length.compile)
+
+
+def make_optimizer(recipe: Recipe, objective: nn.Module) -> torch.optim.Optimizer:
+    """Make the recipe's optimiser over what is to be trained."""
+    optim = recipe.optim
+    groups = param_groups(objective, optim.weight_decay, optim.layer_decay, recipe.model.backbone.depth)
+    if optim.name == "sgd":
+        return sgd(groups, optim.momentum)
+    return LARS(groups, optim.momentum) if optim.name == "lars" else adamw(groups, optim.betas, optim.eps)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, cast
 
 import typer
 from rich.console import Console
@@ -65,9 +65,13 @@ def emit(result: Result, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result.as_dict()))
     else:
-        # A pipe has no width of its own; tables and sentences must not be cut at 80 columns in a log file.
-        wide = None if sys.stdout.isatty() else 160
-        result.render(Console(highlight=False, width=wide))
+        result.render(console())
+
+
+def console() -> Console:
+    """Return where people read results."""
+    # A pipe has no width of its own; tables and sentences must not be cut at 80 columns in a log file.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def keep(result: Result, out: Path | None, name: str) -> None:
@@ -179,22 +183,68 @@ def finetune(
     out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/finetune"),
     labels: Annotated[str | None, typer.Option(help="Use this share of the training labels, such as 1%.")] = None,
     shots: Annotated[int | None, typer.Option(help="Use this many training labels per class.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="One run per seed, such as 0,1,2: mean and deviation.")] = None,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights: the baseline.")] = False,
+    protocol: Annotated[str, typer.Option(help="plain (few labels, small data), or mae as published.")] = "plain",
+    validation: Annotated[
+        str | None, typer.Option(help="Hold this share of the training files out and keep the weights best on it.")
+    ] = None,
+    validation_split: Annotated[str | None, typer.Option(help="Which split of --train to measure on instead.")] = None,
+    multi_label: Annotated[bool, typer.Option("--multi-label", help="A file has any number of labels.")] = False,
+    separator: Annotated[str, typer.Option(help="What stands between the labels of a file.")] = "|",
     label_column: LabelColumn = "label",
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
     skip_broken: SkipBroken = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    deepspeed_config: Annotated[
+        str | None, typer.Option("--deepspeed_config", "--deepspeed-config", help="A DeepSpeed JSON, or a name: zero2.")
+    ] = None,
     as_json: Json = False,
+    local_rank: LocalRank = 0,
 ) -> None:
-    """Train all of an encoder and a classifier on a few labels, and test it."""
+    """Train an encoder and a classifier on labels, and test them; the result is what predict takes."""
+    from tasks.finetune import FinetuneOptions, finetune_seeds, parse_seeds
     from tasks.finetune import finetune as run
 
-    loaded = load(encoder)
-    result = run(
-        loaded, *pair(loaded, train, test, train_split, test_split), out, label_column=label_column, labels=labels,
-        shots=shots, scratch=scratch, skip_broken=skip_broken, overrides=parse_assignments(overrides or ()),
-    )  # fmt: skip
-    emit(result, as_json)
+    if validation is not None and validation_split is not None:
+        raise UserError("--validation and --validation-split exclude each other")
+    loaded, changes = load(encoder), parse_assignments(overrides or ())
+    halves, kind = pair(loaded, train, test, train_split, test_split), loaded.kind
+    measured_on: str | Listing | None = validation
+    if validation_split is not None:
+        measured_on = list_files(train, kind.suffixes, kind.name, split=validation_split)
+    options: FinetuneOptions = {
+        "label_column": label_column, "labels": labels, "shots": shots, "scratch": scratch, "protocol": protocol,
+        "validation": measured_on, "multi_label": multi_label, "separator": separator, "skip_broken": skip_broken,
+        "overrides": changes, "deepspeed_config": deepspeed_config,
+    }  # fmt: skip
+    chosen = parse_seeds(seeds, changes)
+    if len(chosen) > 1:
+        emit(finetune_seeds(loaded, *halves, out, chosen, resume, **options), as_json)
+        return
+    if chosen:
+        options["overrides"] = {**changes, "train.seed": chosen[0]}
+    emit(run(loaded, *halves, out, resume=resume, **options), as_json)
+
+
+@app.command()
+def predict(
+    classifier: Annotated[Path, typer.Argument(metavar="CLASSIFIER", help="A fine-tuned run or its encoder folder.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE_OR_FOLDER...", help="What to classify.")],
+    top: Annotated[int, typer.Option(help="How many classes to name for each file.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="A .jsonl, .csv or .parquet file to write.")] = None,
+    skip_broken: SkipBroken = False,
+    as_json: Json = False,
+) -> None:
+    """Name the classes of files with a fine-tuned encoder."""
+    from tasks.predict import predict as run
+
+    result = run(classifier, files, top=top, out=out, skip_broken=skip_broken)
+    if as_json:
+        print(json.dumps(result.as_list()))
+    else:
+        result.render(console())
 
 
 @app.command()
@@ -231,22 +281,32 @@ def linear_probe(
     encoder: EncoderPath,
     train: TrainData,
     test: TestData,
+    overrides: Overrides = None,
+    protocol: Annotated[str, typer.Option(help="logistic, or as papers train it: mae, dino, attentive.")] = "logistic",
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="logistic: probe the output of every block.")] = False,
+    batch_norm: Annotated[
+        bool | None, typer.Option("--batch-norm/--no-batch-norm", help="Other protocols: normalise over the batch.")
+    ] = None,
     label_column: LabelColumn = "label",
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the hold-out and the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the hold-out, intervals and training.")] = 0,
     skip_broken: SkipBroken = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Train a linear classifier on frozen features, and test it."""
-    from tasks.linear_probe import linear_probe as run
+    from tasks.probe_protocols import probe as run
 
+    settings = parse_assignments(overrides or ())
+    if batch_norm is not None:
+        settings["objective.head.batch_norm"] = batch_norm
     writable(out)
     loaded = load(encoder)
-    listings = pair(loaded, train, test, train_split, test_split)
-    result = run(loaded, *listings, label_column, seed, skip_broken=skip_broken)
-    keep(result, out, "linear-probe.json")
+    result = run(
+        loaded, *pair(loaded, train, test, train_split, test_split), protocol, out, per_layer=per_layer,
+        label_column=label_column, seed=seed, skip_broken=skip_broken, overrides=settings,
+    )  # fmt: skip
     emit(result, as_json)
 
 
@@ -265,6 +325,42 @@ def embed(
     loaded = load(encoder)
     listing = list_files(data, loaded.kind.suffixes, loaded.kind.name, split=split)
     emit(run(loaded, listing, out, skip_broken=skip_broken), as_json)
+
+
+@app.command()
+def show(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A run, an encoder, or a parquet file of vectors.")],
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="What to show it of.")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="The .png, or .html for many files, to write.")],
+    panel: Annotated[
+        str | None, typer.Option(help="reconstruction, attention, pca, tsne or neighbours; what suits the source.")
+    ] = None,
+    ratios: Annotated[str | None, typer.Option(help="reconstruction: mask ratios. [0.75,0.85,0.95]")] = None,
+    mass: Annotated[float | None, typer.Option(help="attention: the share that marked patches hold. [0.6]")] = None,
+    foreground: Annotated[bool | None, typer.Option("--foreground", help="pca: without the background.")] = None,
+    color_by: Annotated[str | None, typer.Option(help="tsne: label or split. [label]")] = None,
+    most: Annotated[int | None, typer.Option(help="tsne: vectors drawn at most. [5000]")] = None,
+    data: Annotated[Path | None, typer.Option(help="neighbours: the folder or manifest to look in.")] = None,
+    k: Annotated[int | None, typer.Option("-k", "--k", help="neighbours: how many. [8]")] = None,
+    skip_broken: Annotated[
+        bool | None, typer.Option("--skip-broken", help="neighbours: leave out broken files.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="reconstruction, tsne: of what is drawn by lot. [0]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what was learned: reconstructions, attention, components, a map of vectors, nearest neighbours."""
+    from tasks.show import ShowOptions
+    from tasks.show import show as run
+
+    try:
+        shares = None if ratios is None else [float(ratio) for ratio in ratios.split(",")]
+    except ValueError:
+        raise UserError(f"--ratios {ratios}: give numbers separated by commas, such as 0.75,0.95") from None
+    asked = {"ratios": shares, "mass": mass, "foreground": foreground, "color_by": color_by, "most": most, "data": data,
+             "k": k, "skip_broken": skip_broken, "seed": seed}  # fmt: skip
+    options = cast(ShowOptions, {name: value for name, value in asked.items() if value is not None})
+    emit(run(source, files or (), out=out, panel=panel, **options), as_json)
 
 
 @data_app.command()

@@ -20,8 +20,9 @@ from mmssl.run import Run
 from modalities.encoder import MODALITIES, Encoder, load
 from tasks.build import load_recipe
 from tasks.features import Extractor, RawPixels, class_targets
-from tasks.finetune import finetune, subset
+from tasks.finetune import finetune
 from tasks.knn import knn
+from tasks.labels import subset
 from tasks.linear_probe import linear_probe
 from tasks.metrics import Score
 from tasks.pretrain import pretrain

@@ -1,72 +1,55 @@
-"""Fine-tuning: all weights of an encoder and a linear head on a few labels, then measured on a test set."""
+"""Fine-tuning: an encoder, or its last blocks, and a head on labelled files, then measured on a test set."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
-from rich.console import Console
-from torch import Tensor
 
-from mmssl.config import override
 from mmssl.data.listing import Listing
 from mmssl.distributed import world
 from mmssl.errors import UserError
 from mmssl.files import write_json
-from mmssl.objectives.classify import Classify
+from mmssl.objectives.classify import ClassifyConfig
 from mmssl.run import Run
+from modalities.classifier import Classifier
 from modalities.encoder import Encoder
-from tasks.build import Recipe, parse_recipe
-from tasks.features import Extractor, Samples, class_targets, commonest_share, extract
-from tasks.fit import fit, load_objective
+from tasks.build import Recipe, default_device
+from tasks.features import Samples
+from tasks.finetune_protocols import finetune_recipe
+from tasks.finetune_result import ClassScore, FinetuneResult, Measured, SeedsResult
+from tasks.fit import fit
 from tasks.initial import Weights
-from tasks.metrics import Score, classification_scores, score_table, scores_as_dict
-from tasks.report import Table, write_report
-from tasks.run_report import run_sections
-
-DEFAULTS: dict[str, Any] = {
-    # MAE's fine-tuning of ViT-B (arXiv:2111.06377, table 9) where it does not depend on ImageNet's size.
-    "objective": {"name": "classify", "label_smoothing": 0.1},
-    "optim": {"base_lr": 5e-4, "betas": [0.9, 0.999], "weight_decay": 0.05, "layer_decay": 0.65, "warmup": 0.05},
-    "train": {"epochs": 100},
-}
-LARGEST_BATCH = 256
-FIXED = {
-    "train.init_from": "fine-tuning starts from ENCODER, or with --scratch from random weights",
-    "objective.name": "fine-tuning classifies",
-    "objective.classes": "the classes are the sorted training labels",
-}
+from tasks.labels import (
+    Array,
+    balanced_weights,
+    blind_score,
+    check_disjoint,
+    file_targets,
+    held_out,
+    more_targets,
+    subset,
+)
+from tasks.metrics import Score, accuracy, average_precision_scores, classification_scores
+from tasks.validation import Validation, read_validation, shared_logits
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What fine-tuning reached, and from where."""
+class FinetuneOptions(TypedDict, total=False):
+    """The options of ``finetune``."""
 
-    scores: dict[str, Score]
-    run: Path
-    start: Literal["pre-trained", "scratch"]
-    labels: str
-    """How many labels, in words."""
-    seed: int
-    steps: int
-    samples: Samples
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the result for JSON; scores are fractions."""
-        return {
-            "task": "finetune",
-            "scores": scores_as_dict(self.scores),
-            "protocol": {"start": self.start, "labels": self.labels, "seed": self.seed, "steps": self.steps},
-            "run": str(self.run),
-            **self.samples.as_dict(),
-        }
-
-    def render(self, console: Console) -> None:
-        """Print one table and what a reader must know."""
-        console.print(score_table("fine-tuning", {f"{self.start}, {self.labels}": self.scores}))
-        console.print(f"{self.samples}; {self.steps} steps, seed {self.seed}; run in {self.run}", markup=False)
+    label_column: str
+    labels: str | None
+    shots: int | None
+    scratch: bool
+    protocol: str
+    validation: str | Listing | None
+    multi_label: bool
+    separator: str
+    skip_broken: bool
+    overrides: Mapping[str, Any] | None
+    deepspeed_config: str | None
 
 
 def finetune(
@@ -79,113 +62,184 @@ def finetune(
     labels: str | None = None,
     shots: int | None = None,
     scratch: bool = False,
+    protocol: str = "plain",
+    validation: str | Listing | None = None,
+    multi_label: bool = False,
+    separator: str = "|",
     skip_broken: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    deepspeed_config: str | None = None,
 ) -> FinetuneResult:
     """Fine-tune ``encoder`` on ``train`` into the run folder ``out`` and measure it on ``test``.
 
     ``labels`` ("1%") or ``shots`` (per class) take a seeded, stratified part of the training labels, the same for the
-    same ``train.seed``; ``scratch`` starts the same architecture from random weights, which is the baseline. Raises
-    UserError for a mistake, UnusableData for a broken test file unless ``skip_broken``.
+    same ``train.seed``; ``scratch`` starts the same architecture from random weights, which is the baseline.
+    ``validation`` is a part of what is left ("10%"), held out, or other files: the weights that do best on it are kept.
+    ``protocol`` names the settings, ``overrides`` change them. With ``multi_label`` a manifest's label cell holds any
+    number of labels, separated by ``separator``. What is left is an encoder and a ``Classifier`` in the run folder.
+
+    Raises UserError for a mistake, UnusableData for a broken test file unless ``skip_broken``.
     """
-    classes, targets, test_targets = class_targets(train, test, label_column)
-    for key, reason in FIXED.items():
-        if key in (overrides or {}):
-            raise UserError(f"{key} cannot be set here: {reason}")
-    seed = finetune_recipe(encoder, classes, overrides or {}, len(targets)).train.seed
+    overrides, mark = overrides or {}, separator if multi_label else None
+    classes, targets, test_targets = file_targets(train, test, label_column, mark)
+    seed = finetune_recipe(encoder, classes, overrides, len(targets), protocol, multi_label)[0].train.seed
     chosen = subset(targets, labels, shots, seed)
     if chosen is not None:
-        train, targets = train.select(chosen), [targets[i] for i in chosen]
-    recipe = finetune_recipe(encoder, classes, overrides or {}, len(targets))
-    state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    initial = None if scratch else Weights(state, "the encoder", encoder.tokenizer.grid)
+        train, targets = train.select(chosen), targets[chosen]
+    read = partial(more_targets, classes=classes, train=train, column=label_column, separator=mark)
+    train, targets, apart = set_apart(train, test, targets, validation, seed, read)
+    measured_on = None if apart is None else Validation(*apart, skip_broken)
+    check_measured(overrides, measured_on)
+    recipe, settings = finetune_recipe(encoder, classes, overrides, len(targets), protocol, multi_label)
     run = Run(out)
-    fit(recipe, train, run, np.asarray(targets), initial)
-    scores, samples = evaluate(run, test, test_targets, classes, targets, skip_broken)
-    steps = recipe.steps(len(targets))
-    words = f"{shots} labels per class" if shots else f"{labels} of the labels" if labels else "all labels"
-    result = FinetuneResult(scores, run.path, "scratch" if scratch else "pre-trained", words, seed, steps, samples)
+    fit(
+        counted(recipe, targets), train, run, targets, None if scratch else weights_of(encoder), resume,
+        deepspeed_config, measured_on,
+    )  # fmt: skip
+    result = FinetuneResult(
+        measure(run, test, test_targets, targets, skip_broken),
+        run.path,
+        "scratch" if scratch else "pre-trained",
+        f"{shots} labels per class" if shots else f"{labels} of the labels" if labels else "all labels",
+        seed,
+        run.metrics()[-1]["step"],
+        settings,
+        None if measured_on is None else read_validation(run),
+    )
     if world().is_main:
         write_json(run.path / "finetune.json", result.as_dict())
-        report(run, result, train)
+        result.report(train)
     return result
 
 
-def report(run: Run, result: FinetuneResult, train: Listing) -> None:
-    """Write the run's report: the scores first."""
-    note = f"On {result.samples.test} test files, with 95 % bootstrap intervals."
-    table = Table(
-        "Scores",
-        note,
-        ["", *(name.replace("_", " ") for name in result.scores)],
-        [[f"{result.start}, {result.labels}", *result.scores.values()]],
-    )
-    subtitle = f"{result.samples.train} labels of {len(result.samples.classes)} classes, {result.start}"
-    write_report(run.report_file, f"{run.path.name}: fine-tuned", subtitle, [table, *run_sections(run, train)])
+def set_apart(
+    train: Listing,
+    test: Listing,
+    targets: Array,
+    validation: str | Listing | None,
+    seed: int,
+    read: Callable[[Listing], Array],
+) -> tuple[Listing, Array, tuple[Listing, Array] | None]:
+    """Return the files to train on with their targets, and those to validate on: a part held out, or other files."""
+    if isinstance(validation, Listing):
+        check_disjoint(validation, train, "both the validation and the training set")
+        check_disjoint(validation, test, "both the validation and the test set")
+        return train, targets, (validation, read(validation))
+    if validation is None:
+        return train, targets, None
+    held = held_out(targets, validation, seed)
+    rest = np.setdiff1d(np.arange(len(targets)), held)
+    return train.select(rest.tolist()), targets[rest], (train.select(held), targets[held])
 
 
-def finetune_recipe(encoder: Encoder, classes: list[str], overrides: Mapping[str, Any], samples: int) -> Recipe:
-    """Return the recipe of a fine-tuning run: the encoder's own settings, the defaults and ``overrides``."""
-    base = {**DEFAULTS, **encoder.config.model_dump(mode="json", include={"modality", "signal", "model"})}
-    base["objective"] = {**DEFAULTS["objective"], "classes": classes}
-    base["train"] = {**DEFAULTS["train"], "batch_size": min(LARGEST_BATCH, samples)}
-    return parse_recipe(override(base, overrides), "finetune")
+def finetune_seeds(
+    encoder: Encoder,
+    train: Listing,
+    test: Listing,
+    out: str | Path,
+    seeds: Sequence[int],
+    resume: bool = False,
+    **options: Unpack[FinetuneOptions],
+) -> SeedsResult:
+    """Fine-tune once per seed into ``out``/seed-N, each with its own labels, and put the scores side by side."""
+    out = Path(out)
+    overrides = options.get("overrides") or {}
+    if len(parse_seeds(",".join(map(str, seeds)), overrides)) < 2:
+        raise UserError("one seed has no deviation; give two or more")
+    folders = [out / f"seed-{seed}" for seed in seeds]
+    # Looked up before any rank makes a folder, so that all of them decide alike.
+    begun = [resume and (i == 0 or Run(folder).config_file.exists()) for i, folder in enumerate(folders)]
+    if world().is_main and not resume and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give --resume to continue it or another --out")
+    runs = []
+    for seed, folder, again in zip(seeds, folders, begun, strict=True):
+        options["overrides"] = {**overrides, "train.seed": seed}
+        runs.append(finetune(encoder, train, test, folder, resume=again, **options))
+    result = SeedsResult(runs, out)
+    if world().is_main:
+        write_json(out / "finetune.json", result.as_dict())
+        result.report()
+    return result
 
 
-def subset(targets: Sequence[int], labels: str | None, shots: int | None, seed: int) -> list[int] | None:
-    """Return the indices of a seeded part of the labels, stratified by class, in order; None for all of them.
+def parse_seeds(text: str | None, overrides: Mapping[str, Any]) -> list[int]:
+    """Return the seeds in "0,1,2", none for None; UserError for anything else and for one that is set twice."""
+    if text is None:
+        return []
+    if "train.seed" in overrides:
+        raise UserError("train.seed is what --seeds sets; give one of them")
+    try:
+        seeds = [int(word) for word in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {text}: give different whole numbers separated by commas, such as 0,1,2")
+    return seeds
 
-    ``labels`` is a percentage such as "1%" of each class, rounded, at least one each; ``shots`` a number per class.
-    Raises UserError for a malformed or impossible one.
+
+def check_measured(overrides: Mapping[str, Any], measured_on: Validation | None) -> None:
+    """Raise UserError for settings of a validation that there is not."""
+    for key in ("train.patience", "train.validate_every"):
+        if key in overrides and measured_on is None:
+            raise UserError(f"{key} needs files to measure on: give --validation 10% or --validation-split NAME")
+
+
+def counted(recipe: Recipe, targets: Array) -> Recipe:
+    """Return the recipe with balanced class weights as numbers, so that the run folder needs no labels."""
+    objective = recipe.objective
+    assert isinstance(objective, ClassifyConfig)
+    if objective.class_weights != "balanced":
+        return recipe
+    weights = balanced_weights(targets, len(objective.classes))
+    return recipe.model_copy(update={"objective": objective.model_copy(update={"class_weights": weights})})
+
+
+def weights_of(encoder: Encoder) -> Weights:
+    """Return an encoder's weights as what a run starts from."""
+    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    return Weights(tensors, "the encoder", encoder.tokenizer.grid)
+
+
+def measure(run: Run, test: Listing, targets: Array, trained_on: Array, skip_broken: bool = False) -> Measured:
+    """Measure a run's classifier on test files, as ``predict`` uses it; every rank of a run reads its share.
+
+    ``targets`` are those of the test files, ``trained_on`` of the training files. Raises as ``extract``.
     """
-    if labels is not None and shots is not None:
-        raise UserError("--labels and --shots exclude each other")
-    if labels is None and shots is None:
-        return None
-    groups = [np.flatnonzero(np.asarray(targets) == c) for c in range(max(targets) + 1)]
-    if shots is not None:
-        least = min(len(group) for group in groups)
-        if not 1 <= shots <= least:
-            raise UserError(f"--shots {shots}: give a number from 1 to {least}, the size of the smallest class")
-        counts = [shots] * len(groups)
-    else:
-        assert labels is not None
-        try:
-            fraction = float(labels.removesuffix("%")) / 100
-        except ValueError:
-            fraction = -1.0
-        if not labels.endswith("%") or not 0 < fraction <= 1:
-            raise UserError(f"--labels {labels}: give a percentage from above 0% to 100%, such as 1% or 10%")
-        counts = [max(1, round(fraction * len(group))) for group in groups]
-    rng = np.random.default_rng([seed, 1])
-    picks = [rng.permutation(group)[:count] for group, count in zip(groups, counts, strict=True)]
-    return sorted(int(i) for i in np.concatenate(picks))
+    classifier = Classifier(run.path).to(default_device())
+    found = shared_logits(classifier, test, skip_broken)
+    targets, classes = targets[found.kept], classifier.classes
+    samples = Samples(len(trained_on), len(targets), classes, blind_score(trained_on, targets), found.skipped)
+    target = torch.from_numpy(targets)
+    if classifier.multi_label:
+        score, scores = average_precision_scores(found.vectors, target)
+        counts = targets.sum(0).astype(int).tolist()
+        per_class = {name: ClassScore(*one) for name, *one in zip(classes, scores, counts, strict=True)}
+        return Measured({"mAP": score}, per_class, samples, True)
+    right = found.vectors.argmax(1) == target
+    per_class = {name: recall(right[target == c]) for c, name in enumerate(classes)}
+    return Measured(classification_scores(found.vectors, target), per_class, samples)
 
 
-class Logits:
-    """Stands in for an encoder where features are extracted: a fine-tuned classifier's scores."""
-
-    def __init__(self, objective: Classify, encoder: Encoder) -> None:
-        self.objective = objective
-        self.decode, self.transform, self.fingerprint = encoder.decode, encoder.transform, encoder.fingerprint
-
-    @torch.no_grad()
-    def features(self, signal: Tensor) -> Tensor:
-        """Return class scores [B, classes]."""
-        return self.objective.logits({"signal": signal}).float()
+def recall(right: torch.Tensor) -> ClassScore:
+    """Return the share of a class's files that are recognised."""
+    nothing = Score(float("nan"), float("nan"), float("nan"))
+    return ClassScore(accuracy(right) if len(right) else nothing, len(right))
 
 
 def evaluate(
     run: Run, test: Listing, targets: Sequence[int], classes: list[str], trained_on: Sequence[int], skip_broken: bool
 ) -> tuple[dict[str, Score], Samples]:
-    """Measure a fine-tuned run on test files."""
-    _, objective = load_objective(run.path)
-    assert isinstance(objective, Classify)
-    encoder = objective.encoder
-    assert isinstance(encoder, Encoder)
-    stand_in: Extractor = Logits(objective, encoder)
-    features = extract(stand_in, test, skip_broken=skip_broken, cache=None)
-    kept = [targets[i] for i in features.kept]
-    scores = classification_scores(features.vectors, torch.tensor(kept))
-    guess = commonest_share(trained_on, kept)
-    return scores, Samples(len(trained_on), len(kept), classes, guess, features.skipped)
+    """Measure a run's classifier of one label per file on test files: the scores, and what they were measured on."""
+    measured = measure(run, test, np.asarray(targets), np.asarray(trained_on), skip_broken)
+    assert measured.samples.classes == classes
+    return measured.scores, measured.samples
+
+
+if __name__ == "__main__":
+    # Run as a script by the launcher: the application is imported under its own name, or its classes would exist twice.
+    import sys
+
+    from tasks.cli import main
+
+    sys.exit(main(["finetune", *sys.argv[1:]]))

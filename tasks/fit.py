@@ -7,17 +7,19 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from mmssl import checkpoint
+from mmssl.checkpoint import Checkpoint
 from mmssl.config import read_yaml
-from mmssl.contracts import Tokenizer
+from mmssl.contracts import Classifies, Tokenizer
 from mmssl.data.dataset import Bucket, Plan, Samples, Stream, loader, worker_count
 from mmssl.data.ledger import Ledger
 from mmssl.data.listing import Listing
@@ -28,6 +30,7 @@ from mmssl.engine.schedule import WarmupCosine
 from mmssl.errors import MmsslError, Stopped, UserError
 from mmssl.files import replacing_folder, save_tensors, write_json
 from mmssl.run import Run
+from modalities.classifier import save_classifier
 from modalities.encoder import MODALITIES
 from tasks.build import (
     Recipe,
@@ -39,6 +42,7 @@ from tasks.build import (
     parse_recipe,
 )
 from tasks.initial import Weights, read_weights, take
+from tasks.validation import Validation, Validator
 
 MAY_DIFFER = ("train.steps", "train.epochs", "train.engine", "data.workers", "checkpoint.")
 """What may be changed when a run is resumed."""
@@ -58,11 +62,13 @@ def fit(
     initial: Weights | None = None,
     resume: bool = False,
     deepspeed_config: str | None = None,
+    validation: Validation | None = None,
 ) -> None:
     """Train ``recipe`` on the files of ``listing`` into the folder of ``run``, from its last checkpoint if ``resume``.
 
     ``targets`` are class indices int64 [n] or float32 [n, classes] per file, for supervised objectives; ``initial``
-    are what to start from, as ``train.init_from``.
+    are what to start from, as ``train.init_from``. With ``validation``, for a classifier, the run folder holds the
+    weights that do best on it, and training stops when ``train.patience`` is at its end.
     Raises what ``mmssl.engine.loop.train`` raises, after writing ``status.json``, and UserError for what does not fit.
     """
     me = world()
@@ -75,16 +81,19 @@ def fit(
         check_resumable(run, recipe)
     elif me.is_main:
         run.create(recipe.as_dict())
+    validator = None if validation is None else make_validator(validation, recipe, objective, run, len(listing))
     device = default_device() if ds is None else join(me)
     council = Council(me.size)
     council.gather(None)  # nobody goes on before rank 0 has made the folder
     if me.is_main:
         run.hold()
     engine = build_engine(recipe, objective, device, ds)
-    writer = Writer(run, recipe, listing, engine, me, council)
+    if validator is not None:
+        validator.attach(engine, me, council, say)
+    writer = Writer(run, recipe, listing, engine, me, council, validator)
     start = writer.resume() if resume else 0
     try:
-        if start < writer.steps:
+        if start < writer.steps and not (validator is not None and validator.enough):
             batches = make_batches(recipe, listing, objective, targets, me, start, device)
             schedule = make_schedule(recipe, len(listing))
             train(engine, batches, schedule, make_limits(recipe, len(listing)), writer.hooks(), me, council, start)
@@ -98,6 +107,7 @@ def fit(
         engine.close()
         run.release()
     writer.status("done", seconds=round(time.monotonic() - writer.began, 1))
+    council.gather(None)  # whoever reads the run folder next, on any rank, finds it complete
 
 
 def start_from(objective: nn.Module, initial: Weights | None, path: str | None) -> None:
@@ -109,10 +119,16 @@ def start_from(objective: nn.Module, initial: Weights | None, path: str | None) 
 
 
 def check_batch(recipe: Recipe, me: World) -> None:
-    """Raise UserError where the batch does not divide into the ranks' micro-batches."""
+    """Raise UserError where the batch does not divide into the ranks' micro-batches, or they cannot be mixed."""
     batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
     if batch % (me.size * accumulate):
         raise UserError(f"train.batch_size {batch} does not divide by {me.size} ranks x train.accumulate {accumulate}")
+    micro, multiple = batch // (me.size * accumulate), recipe.objective.micro_batch_multiple
+    if micro % multiple:
+        raise UserError(
+            f"train.batch_size {batch} makes micro-batches of {micro} samples, but objective.mix needs a multiple of "
+            f"{multiple}: samples are mixed in pairs"
+        )
 
 
 def check_resumable(run: Run, recipe: Recipe) -> None:
@@ -132,6 +148,13 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return result
+
+
+def make_validator(validation: Validation, recipe: Recipe, objective: nn.Module, run: Run, files: int) -> Validator:
+    """Return what measures ``objective`` as often as the recipe says."""
+    length, steps = recipe.train, recipe.steps(files)
+    every = max(1, round(length.validate_every * recipe.epoch(files) / length.batch_size))
+    return Validator(validation, objective, run, every, steps, length.patience, length.ema is not None)
 
 
 def join(me: World) -> torch.device:
@@ -193,9 +216,12 @@ def make_limits(recipe: Recipe, files: int) -> Limits:
 class Writer:
     """Writes what a run leaves behind: metrics, the ledger, checkpoints, the objective and the encoders."""
 
-    def __init__(self, run: Run, recipe: Recipe, listing: Listing, engine: Engine, me: World, council: Council) -> None:
+    def __init__(
+        self, run: Run, recipe: Recipe, listing: Listing, engine: Engine, me: World, council: Council,
+        validator: Validator | None = None,
+    ) -> None:  # fmt: skip
         self.run, self.recipe, self.listing = run, recipe, listing
-        self.engine, self.me, self.council = engine, me, council
+        self.engine, self.me, self.council, self.validator = engine, me, council, validator
         self.steps = recipe.steps(len(listing))
         self.written, self.began = 0, time.monotonic()
         self.ledger = Ledger(run.ledger_file, write=me.is_main)
@@ -205,10 +231,12 @@ class Writer:
     def hooks(self) -> Hooks:
         """Return the loop's hooks."""
         self.status("running")
-        return Hooks(self.checkpoint, self.log, self.broken, self.listing.name)
+        return Hooks(self.checkpoint, self.log, self.broken, self.listing.name, self.validator)
 
     def status(self, state: Any, **more: Any) -> None:
-        """Write ``status.json``; ``step`` is that of the last checkpoint."""
+        """Write ``status.json``; ``step`` is that of the last checkpoint, ``best`` where the weights kept come from."""
+        if self.validator is not None and self.validator.best is not None:
+            more["best"] = self.validator.best._asdict()
         if self.me.is_main:
             self.run.status(state, self.written, self.steps, **more)
 
@@ -236,13 +264,15 @@ class Writer:
             "world": self.me.size,
             "threads": torch.get_num_threads(),
         }
+        if self.validator is not None:
+            facts["validation"] = self.validator.facts()
         path = checkpoint.save(
             self.run.checkpoints, self.engine, facts, self.me, self.council, self.recipe.checkpoint.keep
         )
         self.written = step
         if self.me.is_main:
-            export(checkpoint.Checkpoint(path), self.run, self.recipe, self.engine.objective)
-            self.run.status("running", step, self.steps)
+            self.export(Checkpoint(path))
+        self.status("running")
 
     def resume(self) -> int:
         """Load the newest readable checkpoint and return its step; 0 where none was written yet. A collective."""
@@ -260,30 +290,59 @@ class Writer:
             say(f"{torch.get_num_threads()} threads instead of {found.facts['threads']}: the last bits may differ")
         if found.facts["steps"] != self.steps:
             say(f"{self.steps} steps instead of {found.facts['steps']}: the learning rate follows the new schedule")
+        self._restore_validation(found)
         self.engine.load(found.read, found.step)
         if self.me.is_main:
             # A kill between a checkpoint and its export left an older encoder, or none.
-            export(found, self.run, self.recipe, self.engine.objective)
+            self.export(found)
             self.run.rewind(found.step)
             self.began -= max((line["seconds"] for line in self.run.metrics()), default=0.0)
         self.written = found.step
         say(f"resuming from step {found.step} of {self.steps}")
         return found.step
 
+    def _restore_validation(self, found: Checkpoint) -> None:
+        before = found.facts.get("validation")
+        now = None if self.validator is None else self.validator.facts()
+        if (before or {}).get("fingerprint") != (now or {}).get("fingerprint"):
+            raise UserError(f"--resume: the validation files are not those that {found.path} was measured on")
+        if self.validator is not None and before is not None:
+            self.validator.restore(before)
 
-def export(source: checkpoint.Checkpoint, run: Run, recipe: Recipe, objective: nn.Module) -> None:
-    """Write ``objective/`` and the encoder folders (averaged weights where there are any) from a checkpoint."""
-    whole = run.path / "objective"
-    with replacing_folder(whole) as aside:
-        save_tensors(aside / "model.safetensors", source.weights(averaged=False))
+    def export(self, source: Checkpoint) -> None:
+        """Write ``objective/`` and the encoder folders: the best weights, else the checkpoint's (encoders averaged)."""
+        best = None if self.validator is None else self.validator.weights()
+        export(
+            self.run,
+            self.recipe,
+            self.engine.objective,
+            best or source.weights(averaged=False),
+            best or source.weights(averaged=True),
+        )
+        if self.validator is not None:
+            self.validator.tidy()
+
+
+def export(
+    run: Run, recipe: Recipe, objective: nn.Module, whole: Mapping[str, Tensor], averaged: Mapping[str, Tensor]
+) -> None:
+    """Write ``objective/`` with the weights ``whole``, the encoder folders (and a classifier) with ``averaged``."""
+    with replacing_folder(run.path / "objective") as aside:
+        save_tensors(aside / "model.safetensors", whole)
         write_json(aside / "config.json", recipe.as_dict())
-    weights = source.weights(averaged=True)
-    encoders = as_objective(objective).encoders()
+
+    def part(module: Any) -> dict[str, Tensor]:
+        prefix = names[id(module)] + "."
+        return {name.removeprefix(prefix): t for name, t in averaged.items() if name.startswith(prefix)}
+
     names = {id(module): name for name, module in objective.named_modules()}
+    encoders = as_objective(objective).encoders()
     for modality, encoder in encoders.items():
-        prefix = names[id(encoder)] + "."
-        state = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
-        encoder.save(run.encoder_folder(modality, len(encoders) == 1), state)
+        with replacing_folder(run.encoder_folder(modality, len(encoders) == 1)) as aside:
+            encoder.save(aside, part(encoder))
+            if isinstance(objective, Classifies):
+                head, facts = objective.classifier()
+                save_classifier(aside, facts, part(head))
 
 
 def load_objective(path: Path) -> tuple[Recipe, nn.Module]:

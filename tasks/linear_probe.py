@@ -1,4 +1,8 @@
-"""Linear probe: L2-regularised multinomial logistic regression on frozen, standardised features."""
+"""Linear probe, protocol ``logistic``: L2-regularised multinomial logistic regression on frozen, standardised features.
+
+The optimum is unique, so there is nothing to tune but the regularisation, which part of the training samples chooses.
+``tasks.probe_protocols`` has the protocols of papers, which are other numbers.
+"""
 
 import copy
 import math
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from mmssl.data.listing import Listing
 from mmssl.errors import UserError
-from tasks.features import ExtractOptions, Extractor, Samples, labelled_features
+from tasks.features import ExtractOptions, Extractor, Labelled, Samples, labelled_features
 from tasks.metrics import Score, classification_scores, score_table, scores_as_dict
 
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
@@ -138,32 +142,50 @@ class ProbeResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON; scores are fractions."""
-        protocol = {
+        return {
+            "task": "linear-probe",
+            "scores": scores_as_dict(self.scores),
+            "protocol": {**self.settings(), **self.outcome()},
+            **self.samples.as_dict(),
+            "notes": self.notes,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Return what was decided before anything was fitted."""
+        return {
+            "name": "logistic",
             "solver": "lbfgs",
             "grid": list(GRID),
             "hold_out_fraction": HOLD_OUT,
             "hold_out": self.choice.hold_out,
             "stratified": self.choice.stratified,
+            "max_iter": MAX_ITER,
+            "tolerance": TOLERANCE,
+            "seed": self.seed,
+        }
+
+    def outcome(self) -> dict[str, Any]:
+        """Return what fitting led to, besides the scores."""
+        return {
             "hold_out_accuracy": [self.choice.accuracy[c] for c in GRID],
             "c": self.choice.c,
-            "seed": self.seed,
             "converged": self.converged,
             "iterations": self.iterations,
         }
-        scores = scores_as_dict(self.scores)
-        return {
-            "task": "linear-probe",
-            "scores": scores,
-            "protocol": protocol,
-            **self.samples.as_dict(),
-            "notes": self.notes,
-        }
+
+    def describe(self) -> str:
+        """Return the settings in a sentence."""
+        return (
+            "protocol logistic: L-BFGS on standardised features, "
+            f"C chosen from {GRID[0]:g} ... {GRID[-1]:g} on {self.choice.hold_out} held-out training samples "
+            f"(a fifth), at most {MAX_ITER} iterations to a gradient of {TOLERANCE:g}, seed {self.seed}"
+        )
 
     def render(self, console: Console) -> None:
         """Print one table and what a reader must know."""
-        console.print(score_table("Linear probe", {f"C = {self.choice.c:g}": self.scores}))
-        chosen = f"C chosen from {GRID[0]:g} ... {GRID[-1]:g} on {self.choice.hold_out} held-out training samples"
-        for line in [str(self.samples), chosen, *self.notes]:
+        title = "Linear probe, protocol logistic"
+        console.print(score_table(title, {f"C = {self.choice.c:g}": self.scores}))
+        for line in [str(self.samples), self.describe(), *self.notes]:
             console.print(line, markup=False, highlight=False)
 
 
@@ -181,6 +203,11 @@ def linear_probe(
     as ``labelled_features``.
     """
     known, queries, samples = labelled_features(encoder, train, test, label_column, **options)
+    return probe_features(known, queries, samples, seed)
+
+
+def probe_features(known: Labelled, queries: Labelled, samples: Samples, seed: int = 0) -> ProbeResult:
+    """Fit a linear classifier on features that are already there and score it on the test features."""
     probe, choice = fit_probe(known.vectors, known.targets, seed)
     scores = classification_scores(probe.scores(queries.vectors, len(samples.classes)), queries.targets, seed)
     notes = []

@@ -1,5 +1,6 @@
 """Classification scores with bootstrap intervals, and the table that shows them."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 """Test samples per class and outcome, int64 [..., classes, 3]: outside the best 5, within them, and the very best."""
 
@@ -57,6 +59,60 @@ def accuracy(correct: Tensor, seed: int = 0, resamples: int = 1000, confidence: 
         raise ValueError(f"correct must be a non-empty vector, but has shape {[*correct.shape]}")
     hits = int(correct.sum())
     return _bootstrap(np.array([[len(correct) - hits, 0, hits]]), seed, resamples, confidence)["top1"]
+
+
+def average_precision(scores: Tensor, target: Tensor) -> Tensor:
+    """Return each class's average precision, float64 [C], for scores [n, C] and targets [n, C] of 0 and 1.
+
+    It is the mean over the positives of the precision at their score: no interpolation, equal scores at once, as
+    scikit-learn's. NaN for a class without a positive.
+    """
+    if scores.ndim != 2 or target.shape != scores.shape or not len(target):
+        raise ValueError(f"scores and targets [n, C] are needed, but got {[*scores.shape]} and {[*target.shape]}")
+    if scores.isnan().any():
+        raise ValueError("class scores hold NaN")
+    ones = np.ones((1, len(scores)))
+    columns = zip(scores.double().numpy().T, target.numpy().T, strict=True)
+    return torch.from_numpy(np.concatenate([_average_precision(*column, ones) for column in columns]))
+
+
+def average_precision_scores(
+    scores: Tensor, target: Tensor, seed: int = 0, resamples: int = 1000, confidence: float = 0.95
+) -> tuple[Score, list[Score]]:
+    """Return the mean over the classes that have a positive (mAP), and each class's average precision (NaN for others).
+
+    Intervals are percentiles of ``resamples`` bootstrap resamples of the samples; a resample's mean is over the classes
+    that have a positive in it. Raises as ``average_precision``.
+    """
+    values = average_precision(scores, target).numpy()
+    n, rng = len(scores), np.random.default_rng(seed)
+    chunk = max(1, 2**22 // n)
+    parts = []
+    for first in range(0, resamples, chunk):
+        drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, resamples - first)).astype(np.float64)
+        columns = zip(scores.double().numpy().T, target.numpy().T, strict=True)
+        parts.append(np.stack([_average_precision(*column, drawn) for column in columns], axis=1))
+    found = np.concatenate(parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of nothing but NaN the mean is NaN, as it should be
+        tail = (1 - confidence) / 2
+        means = [np.nanmean(values), *np.nanquantile(np.nanmean(found, axis=1), [tail, 1 - tail])]
+        bounds = np.nanquantile(found, [tail, 1 - tail], axis=0)
+    per_class = [Score(*map(float, one)) for one in zip(values, *bounds, strict=True)]
+    return Score(*map(float, means)), per_class
+
+
+def _average_precision(scores: Floats, positive: np.ndarray[Any, Any], counts: Floats) -> Floats:
+    # Of samples that stand ``counts`` [resamples, n] times each; one number per resample.
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    counts = counts[:, order]
+    hits = np.cumsum(counts * positive[order], axis=1)[:, ends]
+    seen = np.cumsum(counts, axis=1)[:, ends]
+    gained = np.diff(hits, axis=1, prepend=0)
+    with np.errstate(invalid="ignore"):
+        result: Floats = (gained * hits / np.maximum(seen, 1)).sum(1) / hits[:, -1]
+    return result
 
 
 def target_rank(scores: Tensor, target: Tensor, chunk: int = 4096) -> Tensor:

@@ -1,32 +1,40 @@
 """Pre-training: a recipe and a folder in, a run folder with an encoder out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
+from torch import nn
 
 from mmssl.config import override
+from mmssl.cost import Footprint, Memory, Sharding, plan
 from mmssl.data.listing import Listing, list_files
 from mmssl.distributed import world
+from mmssl.engine.optim import ADAMW_STATE
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
 from tasks.build import (
     Recipe,
     as_objective,
-    build_objective,
+    deepspeed_settings,
     default_device,
     load_recipe,
     measure_cost,
+    measure_memory,
     parse_recipe,
+    sketch_objective,
     use_bf16,
 )
 from tasks.fit import check_batch, fit
 from tasks.report import write_report
 from tasks.run_report import run_sections
+
+RANKS = 8
+"""Where a dry run is of one process, what DeepSpeed would need is told for this many."""
 
 
 @dataclass(frozen=True)
@@ -102,38 +110,52 @@ class DryRun:
     recipe: Recipe
     files: int | None
     facts: dict[str, Any]
+    zero: list[dict[str, Any]]
+    """Memory under each shipped DeepSpeed configuration."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"recipe": self.recipe.as_dict(), "files": self.files, **self.facts}
+        return {"recipe": self.recipe.as_dict(), "files": self.files, **self.facts, "zero": self.zero}
 
     def render(self, console: Console) -> None:
         """Print the resolved recipe and a table of costs."""
         console.print(self.recipe.as_yaml(), markup=False, highlight=False, soft_wrap=True)
         table = RichTable(show_header=False, box=None, pad_edge=False)
         for name, value in self.facts.items():
-            text = (
-                f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
-            )
-            table.add_row(name.replace("_", " "), text)
+            table.add_row(name.replace("_", " "), in_words(value))
         console.print(table)
         console.print(
-            "Memory is that of weights, gradients, moments and activations; libraries and workers come on top."
+            "Memory is at the peak of a step, on one process's device: gradients grow while activations go, so step is "
+            "less than their sum. Libraries, data workers and what the allocator holds back come on top.",
+            soft_wrap=True,
         )
+        if self.zero:
+            table = RichTable(*(name.replace("_", " ") for name in self.zero[0]), box=None, pad_edge=False)
+            for row in self.zero:
+                table.add_row(*(in_words(value) for value in row.values()))
+            console.print(f"\nOn {self.zero[0]['ranks']} ranks, by --deepspeed_config:")
+            console.print(table)
 
 
-def dry_run(recipe: Recipe, data: str | Path | None, split: str | None = None) -> DryRun:
+def in_words(value: Any) -> str:
+    """Return a fact as a person reads it."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def dry_run(
+    recipe: Recipe, data: str | Path | None, split: str | None = None, deepspeed_config: str | None = None
+) -> DryRun:
     """Resolve a recipe and say what it would cost, without training; ``data`` may be left out."""
     listing = training_files(recipe, data, split) if data is not None else None
     me = world()
     check_batch(recipe, me)
-    objective = build_objective(recipe)
+    ds = deepspeed_settings(recipe, me, deepspeed_config)
+    objective = sketch_objective(recipe)
     cost = measure_cost(recipe, objective)
     encoder = next(iter(as_objective(objective).encoders().values()))
     draw = as_objective(objective).draw()
     total = int(np.prod(encoder.tokenizer.grid))
     seen = len(draw(np.random.default_rng(0), encoder.tokenizer.grid).get("keep", range(total))) if draw else total
-    micro = recipe.train.batch_size // (recipe.train.accumulate * me.size)
     device = default_device()
     facts: dict[str, Any] = {
         "parameters": cost.parameters,
@@ -141,15 +163,46 @@ def dry_run(recipe: Recipe, data: str | Path | None, split: str | None = None) -
         "gflop_per_sample_forward": cost.gflop_forward,
         "gflop_per_sample_training": cost.gflop_train,
         "tokens_seen": f"{seen} of {total}",
-        "micro_batch": micro,
-        "estimated_memory_gb": cost.memory_bytes(micro, recipe.train.ema is not None) / 1e9,
+        "micro_batch": recipe.train.batch_size // (recipe.train.accumulate * me.size),
         "device": device.type,
         "precision": "bf16" if use_bf16(recipe, device) else "fp32",
     }
+    foot = measure_memory(recipe, objective, facts["micro_batch"])
+    facts |= memory_facts(foot, planned(recipe, foot, None if ds is None else Sharding.of(ds, me.size)))
     if listing is not None:
         steps = recipe.steps(len(listing))
         facts |= {"steps": steps, "epochs": steps * recipe.train.batch_size / recipe.epoch(len(listing))}
-    return DryRun(recipe, None if listing is None else len(listing), facts)
+    zero = zero_plans(recipe, objective, me.size if me.size > 1 else RANKS)
+    return DryRun(recipe, None if listing is None else len(listing), facts, zero)
+
+
+def planned(recipe: Recipe, foot: Footprint, sharding: Sharding | None) -> Memory:
+    """Plan a recipe's memory from the footprint of its step."""
+    moments = len(ADAMW_STATE) if recipe.optim.name == "adamw" else int(recipe.optim.momentum > 0)
+    return plan(foot, moments, recipe.train.ema is not None, sharding)
+
+
+def memory_facts(foot: Footprint, memory: Memory) -> dict[str, float]:
+    """Return the memory of a process in gigabytes, the whole and its parts."""
+    parts = {name: value for name, value in asdict(memory).items() if value or name not in ("buffers", "host")}
+    parts |= {"gradients": foot.gradients, "activations": foot.activations}
+    return {"estimated_memory_gb": memory.total / 1e9, **{f"memory_{key}_gb": n / 1e9 for key, n in parts.items()}}
+
+
+def zero_plans(recipe: Recipe, objective: nn.Module, ranks: int) -> list[dict[str, Any]]:
+    """Plan a recipe's memory under each shipped DeepSpeed configuration; empty where the batch does not divide."""
+    micro, rest = divmod(recipe.train.batch_size, recipe.train.accumulate * ranks)
+    if rest or recipe.optim.name != "adamw":
+        return []
+    from mmssl.engine.deepspeed_setup import system_config
+
+    foot = measure_memory(recipe, objective, micro)
+    rows = []
+    for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload"):
+        memory = planned(recipe, foot, Sharding.of(system_config(name), ranks))
+        sizes = {"memory_gb": memory.total / 1e9, "host_memory_gb": memory.host / 1e9}
+        rows.append({"deepspeed_config": name, "ranks": ranks, "micro_batch": micro, **sizes})
+    return rows
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ class Engine(Protocol):
         """Yield every tensor of the training state by name, whole and in fp32 (buffers as they are).
 
         A collective: every rank iterates over the same names in the same order and receives the same tensors, which are
-        valid until the next one is asked for. Names are ``param/X``, ``exp_avg/X``, ``exp_avg_sq/X``, ``ema/X`` and
-        ``buffer/X``, with X the name in ``objective``; they know nothing of engines, stages or ranks.
+        valid until the next one is asked for. Names are ``param/X``, ``exp_avg/X``, ``exp_avg_sq/X`` (of SGD and LARS
+        ``momentum_buffer/X``), ``ema/X`` and ``buffer/X``, with X the name in ``objective``; they know nothing of
+        engines, stages or ranks.
         """
         ...
 

@@ -34,6 +34,8 @@ class Hooks:
     """Record a broken file by global index and reason, the same on every rank; returns how many there are by now."""
     name: Callable[[int], str]
     """Return the name of a sample."""
+    validate: Callable[[int], bool] | None = None
+    """Measure after this many steps if it is time; returns whether to stop here. A collective."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def train(
     engine: Engine, loaded: Iterable[Loaded], schedule: WarmupCosine, limits: Limits, hooks: Hooks,
     world: World, council: Council, start: int = 0,
 ) -> None:  # fmt: skip
-    """Train from step ``start`` to ``limits.steps``, and write a checkpoint at the end.
+    """Train from step ``start`` to ``limits.steps`` or until validation ends it, and write a checkpoint at the end.
 
     Raises Stopped after a checkpoint when SIGINT or SIGTERM arrived on any rank, UnusableData when too many files are
     broken, NonFiniteLoss for a NaN or infinite loss, MmsslError when memory runs out.
@@ -108,7 +110,8 @@ def train(
             signals, anything_broken, timer = council.sum([stop[0], len(fresh), float(due)])
             for index, reason in chain(*council.gather(fresh)) if anything_broken else ():
                 broken = hooks.broken(index, reason)
-            last = done == limits.steps
+            enough = hooks.validate is not None and hooks.validate(done)
+            last = done == limits.steps or enough
             news = None
             if done % limits.log_every == 0 or last or step == start:
                 line = meter.line(council, limits.batch_size)
@@ -130,7 +133,9 @@ def train(
                     f"stopped at step {done} of {limits.steps} after a checkpoint; add --resume to go on",
                     signum,
                 )
-    assert written == limits.steps
+            if enough:
+                break
+    assert written == done
 
 
 def read(

@@ -9,9 +9,9 @@ from mmssl.contracts import Micros, Step
 from mmssl.engine import StepResult
 from mmssl.engine.ema import EMA
 from mmssl.engine.finite import FiniteGuard
-from mmssl.engine.optim import set_lr
+from mmssl.engine.optim import ADAMW_STATE, set_lr, state_names
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ADAMW_STATE
 
 
 class TorchEngine:
@@ -32,11 +32,12 @@ class TorchEngine:
         self.names = {parameter: name for name, parameter in objective.named_parameters()}
         self.ema = EMA([p.data for p in self.names], ema) if ema is not None else None
         self.guard = FiniteGuard(objective)
+        self.kept = state_names(optimizer)
         if compile:
             objective.compile()
 
     def step(self, micros: Micros, lr: float) -> StepResult:
-        """Take one optimiser step: accumulate over the micro-batches, clip, AdamW, average."""
+        """Take one optimiser step: accumulate over the micro-batches, clip, step, average."""
         steps = []
         for batch in micros:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -60,7 +61,7 @@ class TorchEngine:
         averages = self.ema.averages if self.ema is not None else [None] * len(self.names)
         for (parameter, name), average in zip(self.names.items(), averages, strict=True):
             yield f"param/{name}", parameter.data
-            for key in MOMENTS if parameter in self.optimizer.state else ():
+            for key in self.kept if parameter in self.optimizer.state else ():
                 yield f"{key}/{name}", self.optimizer.state[parameter][key]
             if average is not None:
                 yield f"ema/{name}", average
@@ -73,9 +74,9 @@ class TorchEngine:
         for index, (parameter, name) in enumerate(self.names.items()):
             parameter.copy_(read(f"param/{name}"))
             if step > 0 and parameter.requires_grad:
-                state = {"step": torch.tensor(float(step), device=self.device)}
-                for key in MOMENTS:
-                    state[key] = read(f"{key}/{name}").to(self.device)
+                state = {key: read(f"{key}/{name}").to(self.device) for key in self.kept}
+                if self.kept == ADAMW_STATE:
+                    state["step"] = torch.tensor(float(step), device=self.device)
                 self.optimizer.state[parameter] = state
             if self.ema is not None:
                 self.ema.averages[index].copy_(read(f"ema/{name}"))

@@ -132,6 +132,7 @@ def test_task_states_its_protocol(encoder, pictures):
     assert result.scores["top1"].value > 0.9
     report = json.loads(json.dumps(result.as_dict()))
     protocol = report["protocol"]
+    assert protocol["name"] == "logistic"
     assert protocol["grid"] == list(GRID)
     assert protocol["c"] in GRID
     assert (protocol["hold_out_fraction"], protocol["hold_out"], protocol["seed"]) == (0.2, 6, 4)
@@ -140,6 +141,7 @@ def test_task_states_its_protocol(encoder, pictures):
     screen = io.StringIO()
     result.render(Console(file=screen, width=100))
     assert "30 training and 15 test samples, 3 classes" in screen.getvalue()
+    assert "protocol logistic: L-BFGS on standardised features, C chosen from 0.0001" in screen.getvalue()
 
 
 def test_the_test_set_never_influences_the_choice(encoder, pictures, tmp_path):

@@ -1,0 +1,150 @@
+"""The classifier: an encoder folder with a head beside it. Files in, class names and scores out."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmssl.config import validate
+from mmssl.contracts import Grid
+from mmssl.errors import UserError
+from mmssl.files import save_tensors, write_json
+from mmssl.objectives.classify import Classify, ClassifyConfig
+from modalities.encoder import Encoder, encoder_folder, in_groups, load
+
+FORMAT = 1
+WEIGHTS, FACTS = "classifier.safetensors", "classifier.json"
+
+Prediction = dict[str, Any]
+"""{"label": a class's name, "score": its probability}."""
+
+
+class Classifier:
+    """Scores files with what fine-tuning left in an encoder folder or a run folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Load it, on the CPU; raises UserError, one sentence, where ``path`` holds no classifier."""
+        folder = encoder_folder(Path(path))
+        encoder = load(folder)
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(
+                f"{path} holds an encoder without a classifier; fine-tune it first: "
+                f"mmssl finetune {path} --train LABELLED --test LABELLED"
+            )
+        try:
+            stored = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            tensors = load_file(folder / WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder}: not a readable classifier ({error})") from None
+        if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
+            raise UserError(f"{folder / FACTS}: not written in format {FORMAT}, which this mmssl reads")
+        config = validate(ClassifyConfig, {"name": "classify", **stored}, str(folder / FACTS))
+        try:
+            objective = config.build({encoder.modality: encoder})
+            objective.head.load_state_dict(tensors)
+        except (ValueError, RuntimeError) as error:
+            words = str(error).splitlines()[-1].strip()
+            raise UserError(f"{folder}: the classifier does not fit its configuration ({words})") from None
+        self._take(objective, config.classes)
+
+    @classmethod
+    def of(cls, objective: Classify, classes: list[str]) -> Self:
+        """Return a classifier of the very modules of an objective that is still trained."""
+        self = cls.__new__(cls)
+        self._take(objective, classes)
+        return self
+
+    def _take(self, objective: Classify, classes: list[str]) -> None:
+        assert isinstance(objective.encoder, Encoder)
+        self.objective, self.classes = objective.eval(), list(classes)
+        self.encoder, self.multi_label = objective.encoder, objective.multi_label
+
+    def to(self, device: torch.device) -> Self:
+        """Move it to a device."""
+        self.objective.to(device)
+        return self
+
+    def __call__(self, inputs: Any, top: int | None = None) -> list[Prediction] | list[list[Prediction]]:
+        """As ``classify``."""
+        return self.classify(inputs, top)
+
+    def classify(self, inputs: Any, top: int | None = None) -> list[Prediction] | list[list[Prediction]]:
+        """Return [{"label", "score"}, ...] of one input, best first, or a list of those for a list of inputs.
+
+        An input is a path, a decoded signal (a PIL picture) or a preprocessed float tensor [C, *size]; ``top`` keeps so
+        many classes. Scores add up to 1, or with several labels per file each is a probability by itself.
+        Raises UnusableData naming the first file that is broken.
+        """
+        predictions = self.ranked(self._logits(inputs), top)
+        several = isinstance(inputs, list | tuple) or (isinstance(inputs, Tensor) and inputs.ndim > self._axes)
+        return predictions if several else predictions[0]
+
+    def scores(self, inputs: Any, batch_size: int = 64) -> Tensor:
+        """Return the probability of every class, float32 [n, C] on the CPU, for inputs as ``classify`` takes them."""
+        return self.probabilities(self._logits(inputs, batch_size))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Turn class scores [n, C] of ``features`` into probabilities."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
+    def ranked(self, logits: Tensor, top: int | None = None) -> list[list[Prediction]]:
+        """Return for each row of class scores [n, C] the ``top`` predictions, best first; equal ones by class order."""
+        probabilities = self.probabilities(logits)
+        order = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
+        return [
+            [{"label": self.classes[i], "score": float(row[i])} for i in best]
+            for row, best in zip(probabilities, order.tolist(), strict=True)
+        ]
+
+    def _logits(self, inputs: Any, batch_size: int = 64) -> Tensor:
+        rows: list[Tensor] = []
+        for signals in self.encoder._batches(inputs, batch_size):
+            rows += in_groups(signals, lambda batch: self.features(batch).cpu())
+        return torch.stack(rows) if rows else torch.empty(0, len(self.classes))
+
+    @property
+    def _axes(self) -> int:
+        grid: Grid = self.encoder.tokenizer.grid
+        return 1 + len(grid)
+
+    @torch.no_grad()
+    def features(self, signal: Tensor) -> Tensor:
+        """Return class scores before softmax or sigmoid, float32 [B, C], for preprocessed signals [B, C, *size]."""
+        return self.objective.logits({"signal": signal.to(self.encoder.device, torch.float32)}).float()
+
+    @property
+    def decode(self) -> Callable[[str], Any]:
+        """The encoder's decoder."""
+        return self.encoder.decode
+
+    @property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """The encoder's evaluation transform."""
+        return self.encoder.transform
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over encoder, head and classes."""
+        digest = hashlib.sha256(f"{self.encoder.fingerprint()} {json.dumps(self.classes)}".encode())
+        for name, tensor in sorted(self.objective.head.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def save_classifier(folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a head's tensors and ``facts`` (see ``Classifies.classifier``) into an encoder folder."""
+    save_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / FACTS, {"format": FORMAT, **facts})
+    with (folder / "README.md").open("a", encoding="utf-8") as card:
+        card.write(
+            f"\nIt also holds a classifier of {len(facts['classes'])} classes, `{WEIGHTS}` and `{FACTS}`: "
+            "`mmssl predict this/folder FILE...`, or\n\n"
+            '```python\nfrom mmssl import Classifier\nclassify = Classifier("this/folder")\n'
+            'classify("a-file")  # [{"label": ..., "score": ...}, ...], best first\n```\n'
+        )

@@ -1,0 +1,130 @@
+"""How fine-tuning is done: named, pinned settings, and the recipe that they make for an encoder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmssl.config import override
+from mmssl.distributed import world
+from mmssl.errors import UserError, nearest
+from modalities.encoder import Encoder
+from tasks.build import Recipe, parse_recipe
+
+PLAIN: dict[str, Any] = {
+    "objective.label_smoothing": 0.1,
+    "optim.base_lr": 5e-4,
+    "optim.betas": [0.9, 0.999],
+    "optim.weight_decay": 0.05,
+    "optim.layer_decay": 0.65,
+    "optim.warmup": 0.05,
+    "train.epochs": 100,
+    "train.batch_size": 256,
+}
+"""For few labels and small data: MAE's fine-tuning of ViT-B where it does not depend on ImageNet's size."""
+
+MAE: dict[str, Any] = {
+    "signal.crop_scale": [0.08, 1.0],
+    "signal.augment.randaugment": {"ops": 2, "magnitude": 9, "magnitude_std": 0.5},
+    "signal.augment.erase": {"probability": 0.25},
+    "objective.label_smoothing": 0.1,
+    "objective.mix": {"mixup": 0.8, "cutmix": 1.0},
+    "optim.betas": [0.9, 0.999],
+    "optim.weight_decay": 0.05,
+    "optim.min_lr": 1e-6,
+    "optim.warmup": "5ep",
+    "train.batch_size": 1024,
+}
+"""MAE's fine-tuning on ImageNet (arXiv:2111.06377, table 9; erasing, the least rate and drop path as in the authors'
+code). Unlike there, the pooled tokens are normalised before their mean and not after it."""
+
+MAE_BY_DEPTH: tuple[tuple[int, str, dict[str, Any]], ...] = (
+    (12, "B", {"optim.base_lr": 5e-4, "optim.layer_decay": 0.65, "train.epochs": 100, "model.backbone.drop_path": 0.1}),
+    (24, "L", {"optim.base_lr": 1e-3, "optim.layer_decay": 0.75, "train.epochs": 50, "model.backbone.drop_path": 0.2}),
+    (999, "H", {"optim.base_lr": 1e-3, "optim.layer_decay": 0.75, "train.epochs": 50, "model.backbone.drop_path": 0.3}),
+)
+"""What depends on the model's size: up to so many blocks, the column of the table, its settings."""
+
+PROTOCOLS = ("plain", "mae")
+
+UNSEEN = ("checkpoint.", "data.workers", "train.engine", "train.log_every", "train.seed")
+"""Keys that leave the expected score as it is: changing them is no deviation from a protocol."""
+
+FIXED = {
+    "train.init_from": "fine-tuning starts from ENCODER, or with --scratch from random weights",
+    "objective.name": "fine-tuning classifies",
+    "objective.classes": "the classes are the sorted training labels",
+    "objective.multi_label": "give --multi-label",
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Pinned settings by dotted key, and what was changed in them."""
+
+    name: str
+    settings: dict[str, Any]
+    overrides: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"name": self.name, "settings": self.settings, "overrides": self.overrides, "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        text = f"protocol {self.name}: {listed(self.settings)}"
+        if self.overrides:
+            text += f"; but {listed(self.overrides)}"
+        return "; ".join([text, *self.notes])
+
+
+def listed(settings: Mapping[str, Any]) -> str:
+    """Return settings as words: ``train.epochs=100, ...``."""
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def pinned(name: str, encoder: Encoder) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return a protocol's settings for an encoder, and what must be known about them; UserError for an unknown name."""
+    if name not in PROTOCOLS:
+        raise UserError(f"--protocol '{name}' is not a protocol{nearest(name, PROTOCOLS)}")
+    if name == "plain":
+        return PLAIN, ()
+    if encoder.modality != "image":
+        raise UserError(f"--protocol mae is for images, and this encoder is of modality {encoder.modality}")
+    depth = encoder.config.model.backbone.depth
+    column, settings = next((size, extra) for most, size, extra in MAE_BY_DEPTH if depth <= most)
+    return {**MAE, **settings}, (f"the settings are those of ViT-{column}, by the encoder's {depth} blocks",)
+
+
+def finetune_recipe(
+    encoder: Encoder,
+    classes: list[str],
+    overrides: Mapping[str, Any],
+    samples: int,
+    protocol: str = "plain",
+    multi_label: bool = False,
+) -> tuple[Recipe, Protocol]:
+    """Return the recipe of a fine-tuning run (the encoder's own settings, the protocol's, ``overrides``), and how it
+    came to be.
+
+    A protocol's batch is cut to the ``samples`` there are, so that an epoch has at least one step, and to what divides
+    into even shares of the ranks and micro-steps. Raises UserError for what cannot be set here.
+    """
+    for key, reason in FIXED.items():
+        if key in overrides:
+            raise UserError(f"{key} cannot be set here: {reason}")
+    settings, notes = pinned(protocol, encoder)
+    base = encoder.config.model_dump(mode="json", include={"modality", "signal", "model"})
+    base["objective"] = {"name": "classify", "classes": classes, "multi_label": multi_label}
+    # One sample per micro-batch is valid whatever else is set: it stands in until the real batch is known.
+    pinned_keys = {key: value for key, value in settings.items() if key != "train.batch_size"}
+    accumulate = overrides.get("train.accumulate", 1)
+    draft = override(base, {**pinned_keys, "train.batch_size": accumulate if isinstance(accumulate, int) else 1})
+    recipe = parse_recipe(override(draft, overrides), "finetune")
+    if "train.batch_size" not in overrides:
+        share = world().size * recipe.train.accumulate * recipe.objective.micro_batch_multiple
+        batch = max(share, min(settings["train.batch_size"], samples) // share * share)
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": batch})})
+        if batch != settings["train.batch_size"]:
+            notes = (*notes, f"train.batch_size is {batch}, because there are {samples} training files")
+    changes = {key: value for key, value in overrides.items() if not key.startswith(UNSEEN)}
+    return recipe, Protocol(protocol, settings, changes, notes)

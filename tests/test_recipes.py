@@ -1,0 +1,110 @@
+"""Every shipped recipe: it resolves, can be planned, and trains a step; published models have their published sizes."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+from mmssl.config import read_yaml
+from mmssl.run import Run
+from modalities.encoder import load
+from tasks.build import as_objective, load_recipe, parse_recipe, recipe_names, sketch_objective
+from tasks.pretrain import dry_run, pretrain
+
+RECIPES = sorted(recipe_names())
+
+SMALL = {
+    "signal.size": [32, 32],
+    "model.tokenizer.patch_size": 8,
+    "model.backbone.dim": 16,
+    "model.backbone.depth": 2,
+    "model.backbone.num_heads": 2,
+    "objective.decoder": {"dim": 16, "depth": 1, "num_heads": 2},
+    "train.batch_size": 4,
+    "train.steps": 1,
+    "data.workers": 0,
+}
+"""What makes a recipe a second's work and leaves the rest of it (checkpointing, schedules ...) as it is."""
+
+
+PUBLISHED = {
+    "image-mae-b16": ("vit_base_patch16_224", 85_798_656),
+    "image-mae-l16": ("vit_large_patch16_224", 303_301_632),
+    "image-mae-h14": ("vit_huge_patch14_224", 630_764_800),
+}
+"""timm's names of MAE's encoders, and how many weights they have without a head: 86, 303 and 631 million.
+
+MAE's own code (arXiv:2111.06377) builds its encoders from timm's VisionTransformer; there, positions are a parameter
+that is not trained, of which ours is a table that is computed.
+"""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_one_page_that_resolves_and_reads_back(name):
+    path = recipe_names()[name]
+    page = path.read_text(encoding="utf-8")
+    assert page.startswith("# ")
+    assert len(page.splitlines()) <= 40
+    recipe = load_recipe(name)
+    assert parse_recipe(recipe.as_dict(), name).as_dict() == recipe.as_dict()
+    given = read_yaml(path)
+    assert recipe.modality == given["modality"]
+    assert recipe.train.batch_size == given["train"]["batch_size"]
+
+
+def check_plan(name, **settings):
+    planned = dry_run(load_recipe(name, {"train.precision": "bf16", **settings}), None).as_dict()
+    assert planned["estimated_memory_gb"] > 12 * planned["parameters"] / 1e9
+    totals = {row["deepspeed_config"]: row["memory_gb"] for row in planned["zero"]}
+    assert len(totals) == 5
+    assert totals["zero0"] < planned["estimated_memory_gb"]
+    return totals
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_can_be_planned(name):
+    check_plan(name, **{"model.backbone.depth": 2, "objective.decoder.depth": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_can_be_planned_whole(name):
+    totals = check_plan(name)
+    assert totals["zero2"] < totals["zero0"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains(name, photos, tmp_path):
+    result = pretrain(name, photos, tmp_path / "run", SMALL)
+    assert result.steps == 1
+    assert math.isfinite(result.loss)
+    stored = read_yaml(Run(result.run).config_file)
+    given = load_recipe(name).as_dict()
+    assert stored["model"]["backbone"]["checkpointing"] == given["model"]["backbone"]["checkpointing"]
+    assert stored["optim"] == given["optim"]
+    vector = load(result.run).embed(torch.zeros(1, 3, 32, 32))
+    assert torch.isfinite(torch.as_tensor(vector)).all()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_encoders_have_their_published_sizes(name):
+    objective = sketch_objective(load_recipe(name))
+    encoder = as_objective(objective).encoders()["image"]
+    tokens = math.prod(encoder.tokenizer.grid)
+    ours = sum(p.numel() for p in encoder.parameters()) + (tokens + 1) * encoder.dim
+    timms, published = PUBLISHED[name]
+    with torch.device("meta"):
+        theirs = timm.create_model(timms, num_classes=0)
+    assert ours == published == sum(p.numel() for p in theirs.parameters())
+
+
+def test_the_large_recipes_are_the_papers():
+    large, huge = load_recipe("image-mae-l16"), load_recipe("image-mae-h14")
+    base = load_recipe("image-mae-b16")
+    for section in ("optim", "objective", "signal"):
+        assert large.as_dict()[section] == huge.as_dict()[section] == base.as_dict()[section]
+    assert {recipe.train.batch_size for recipe in (base, large, huge)} == {4096}
+    assert {recipe.optim.warmup for recipe in (base, large, huge)} == {"40ep"}
+    assert (base.train.epochs, large.train.epochs, huge.train.epochs) == (800, 800, 1600)
+    assert huge.model.backbone.checkpointing

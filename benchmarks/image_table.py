@@ -1,8 +1,8 @@
 """What pre-training is worth on small picture sets: fine-tuning at 1, 10 and 100 % of the labels, and frozen features.
 
-``python benchmarks/image_table.py clipart=DIR emoji=DIR mnist=DIR --out OUT`` runs the command line itself, prints every
-command with what it took, and the tables as markdown. DIR holds a manifest with the splits train and test. What has
-finished in OUT is not run again, so it can be stopped and started.
+``python benchmarks/image_table.py clipart=DIR emoji=DIR mnist=DIR --out OUT`` runs the command line itself, prints
+every command with what it took, and the tables as markdown. DIR holds a manifest with the splits train and test. What
+has finished in OUT is not run again, so it can be stopped and started.
 """
 
 import argparse

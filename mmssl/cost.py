@@ -5,7 +5,8 @@ real one does, so that its memory can be added up in seconds for models and batc
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmssl.backbones import positions
 from mmssl.backbones.blocks import attention_kernel
 from mmssl.contracts import Batch, Draw, Grid
 

@@ -104,7 +104,7 @@ class Classifier:
 
     def _logits(self, inputs: Any, batch_size: int = 64) -> Tensor:
         rows: list[Tensor] = []
-        for signals in self.encoder._batches(inputs, batch_size):
+        for signals in self.encoder.batches(inputs, batch_size):
             rows += in_groups(signals, lambda batch: self.features(batch).cpu())
         return torch.stack(rows) if rows else torch.empty(0, len(self.classes))
 

@@ -158,7 +158,7 @@ class Encoder(nn.Module):
         such tensor [n, C, *size]; or one of any of these. Raises UnusableData naming the first file that is broken.
         """
         vectors: list[Tensor] = []
-        for signals in self._batches(inputs, batch_size):
+        for signals in self.batches(inputs, batch_size):
             vectors += in_groups(signals, lambda batch: self.features(batch).cpu())
         return torch.stack(vectors) if vectors else torch.empty(0, self.dim)
 
@@ -170,7 +170,7 @@ class Encoder(nn.Module):
         """
         parts: list[Tensor] = []
         grids: set[Grid] = set()
-        for signals in self._batches(inputs, batch_size):
+        for signals in self.batches(inputs, batch_size):
             grids |= {self._tokenizer.grid_of(signal.shape[1:]) for signal in signals}
             if len(grids) > 1:
                 raise ValueError(f"the inputs have different token grids ({sorted(grids)}): ask for one at a time")
@@ -179,7 +179,8 @@ class Encoder(nn.Module):
             0, 0, self.dim
         ), grids.pop() if grids else self._tokenizer.grid
 
-    def _batches(self, inputs: Any, batch_size: int) -> Iterator[list[Tensor]]:
+    def batches(self, inputs: Any, batch_size: int) -> Iterator[list[Tensor]]:
+        """Yield the preprocessed signals float [C, *size] of inputs as ``embed`` takes them, so many at a time."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but got {batch_size}")
         single = inputs.ndim == 1 + len(self._tokenizer.grid) if isinstance(inputs, Tensor) else False

@@ -3,34 +3,24 @@
 Every rank walks through the same steps; rank 0 alone writes and talks.
 """
 
-import hashlib
-import os
-import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from mmssl import checkpoint
-from mmssl.checkpoint import Checkpoint
 from mmssl.config import read_yaml
-from mmssl.contracts import Classifies, Tokenizer
+from mmssl.contracts import Tokenizer
 from mmssl.data.dataset import Bucket, Plan, Samples, Stream, loader, worker_count
-from mmssl.data.ledger import Ledger
 from mmssl.data.listing import Listing
 from mmssl.distributed import Council, World, world
-from mmssl.engine import Engine
-from mmssl.engine.loop import Hooks, Limits, train
+from mmssl.engine.loop import Limits, train
 from mmssl.engine.schedule import WarmupCosine
 from mmssl.errors import MmsslError, Stopped, UserError
-from mmssl.files import replacing_folder, save_tensors, write_json
 from mmssl.run import Run
-from modalities.classifier import save_classifier
 from modalities.encoder import MODALITIES
 from tasks.build import (
     Recipe,
@@ -43,15 +33,10 @@ from tasks.build import (
 )
 from tasks.initial import Weights, read_weights, take
 from tasks.validation import Validation, Validator
+from tasks.writer import Writer, say
 
 MAY_DIFFER = ("train.steps", "train.epochs", "train.engine", "data.workers", "checkpoint.")
 """What may be changed when a run is resumed."""
-
-
-def say(text: str) -> None:
-    """Tell a person something, once: on rank 0, on stderr."""
-    if world().is_main:
-        print(text, file=sys.stderr, flush=True)
 
 
 def fit(
@@ -211,147 +196,3 @@ def make_limits(recipe: Recipe, files: int) -> Limits:
         max_broken=int(recipe.data.max_bad_fraction * files),
         seed=length.seed,
     )
-
-
-class Writer:
-    """Writes what a run leaves behind: metrics, the ledger, checkpoints, the objective and the encoders."""
-
-    def __init__(
-        self, run: Run, recipe: Recipe, listing: Listing, engine: Engine, me: World, council: Council,
-        validator: Validator | None = None,
-    ) -> None:  # fmt: skip
-        self.run, self.recipe, self.listing = run, recipe, listing
-        self.engine, self.me, self.council, self.validator = engine, me, council, validator
-        self.steps = recipe.steps(len(listing))
-        self.written, self.began = 0, time.monotonic()
-        self.ledger = Ledger(run.ledger_file, write=me.is_main)
-        names = "\n".join(listing.name(i) for i in range(len(listing)))
-        self.files = hashlib.sha256(os.fsencode(names)).hexdigest()
-
-    def hooks(self) -> Hooks:
-        """Return the loop's hooks."""
-        self.status("running")
-        return Hooks(self.checkpoint, self.log, self.broken, self.listing.name, self.validator)
-
-    def status(self, state: Any, **more: Any) -> None:
-        """Write ``status.json``; ``step`` is that of the last checkpoint, ``best`` where the weights kept come from."""
-        if self.validator is not None and self.validator.best is not None:
-            more["best"] = self.validator.best._asdict()
-        if self.me.is_main:
-            self.run.status(state, self.written, self.steps, **more)
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Append a line of metrics."""
-        if self.me.is_main:
-            samples = line["step"] * self.recipe.train.batch_size
-            seconds = round(time.monotonic() - self.began, 3)
-            epoch = samples / self.recipe.epoch(len(self.listing))
-            self.run.log({**line, "samples": samples, "epoch": epoch, "seconds": seconds})
-
-    def broken(self, index: int, reason: str) -> int:
-        """Note a broken file; returns how many there are."""
-        self.ledger.add(self.listing.name(index), reason, index=index)
-        return self.ledger.count
-
-    def checkpoint(self, step: int) -> None:
-        """Write a checkpoint, and from it the objective and the encoder folders. A collective."""
-        facts = {
-            "step": step,
-            "steps": self.steps,
-            "samples": step * self.recipe.train.batch_size,
-            "seed": self.recipe.train.seed,
-            "files": self.files,
-            "world": self.me.size,
-            "threads": torch.get_num_threads(),
-        }
-        if self.validator is not None:
-            facts["validation"] = self.validator.facts()
-        path = checkpoint.save(
-            self.run.checkpoints, self.engine, facts, self.me, self.council, self.recipe.checkpoint.keep
-        )
-        self.written = step
-        if self.me.is_main:
-            self.export(Checkpoint(path))
-        self.status("running")
-
-    def resume(self) -> int:
-        """Load the newest readable checkpoint and return its step; 0 where none was written yet. A collective."""
-        if not checkpoint.checkpoints(self.run.checkpoints):
-            say(f"{self.run.path} has no checkpoint yet: starting from the first step")
-            return 0
-        found, notes = checkpoint.newest(self.run.checkpoints)
-        for note in notes:
-            say(note)
-        if found.facts["files"] != self.files:
-            raise UserError(f"--resume: the files are not those that {found.path} was trained on")
-        if found.step > self.steps:
-            raise UserError(f"--resume: {found.path} is already past the {self.steps} steps asked for")
-        if found.facts["threads"] != torch.get_num_threads():
-            say(f"{torch.get_num_threads()} threads instead of {found.facts['threads']}: the last bits may differ")
-        if found.facts["steps"] != self.steps:
-            say(f"{self.steps} steps instead of {found.facts['steps']}: the learning rate follows the new schedule")
-        self._restore_validation(found)
-        self.engine.load(found.read, found.step)
-        if self.me.is_main:
-            # A kill between a checkpoint and its export left an older encoder, or none.
-            self.export(found)
-            self.run.rewind(found.step)
-            self.began -= max((line["seconds"] for line in self.run.metrics()), default=0.0)
-        self.written = found.step
-        say(f"resuming from step {found.step} of {self.steps}")
-        return found.step
-
-    def _restore_validation(self, found: Checkpoint) -> None:
-        before = found.facts.get("validation")
-        now = None if self.validator is None else self.validator.facts()
-        if (before or {}).get("fingerprint") != (now or {}).get("fingerprint"):
-            raise UserError(f"--resume: the validation files are not those that {found.path} was measured on")
-        if self.validator is not None and before is not None:
-            self.validator.restore(before)
-
-    def export(self, source: Checkpoint) -> None:
-        """Write ``objective/`` and the encoder folders: the best weights, else the checkpoint's (encoders averaged)."""
-        best = None if self.validator is None else self.validator.weights()
-        export(
-            self.run,
-            self.recipe,
-            self.engine.objective,
-            best or source.weights(averaged=False),
-            best or source.weights(averaged=True),
-        )
-        if self.validator is not None:
-            self.validator.tidy()
-
-
-def export(
-    run: Run, recipe: Recipe, objective: nn.Module, whole: Mapping[str, Tensor], averaged: Mapping[str, Tensor]
-) -> None:
-    """Write ``objective/`` with the weights ``whole``, the encoder folders (and a classifier) with ``averaged``."""
-    with replacing_folder(run.path / "objective") as aside:
-        save_tensors(aside / "model.safetensors", whole)
-        write_json(aside / "config.json", recipe.as_dict())
-
-    def part(module: Any) -> dict[str, Tensor]:
-        prefix = names[id(module)] + "."
-        return {name.removeprefix(prefix): t for name, t in averaged.items() if name.startswith(prefix)}
-
-    names = {id(module): name for name, module in objective.named_modules()}
-    encoders = as_objective(objective).encoders()
-    for modality, encoder in encoders.items():
-        with replacing_folder(run.encoder_folder(modality, len(encoders) == 1)) as aside:
-            encoder.save(aside, part(encoder))
-            if isinstance(objective, Classifies):
-                head, facts = objective.classifier()
-                save_classifier(aside, facts, part(head))
-
-
-def load_objective(path: Path) -> tuple[Recipe, nn.Module]:
-    """Return the recipe and the trained objective of a run folder, on the CPU and in evaluation mode."""
-    run = Run(path)
-    weights = path / "objective" / "model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{path} is not a run with a trained objective (no {weights.relative_to(path)})")
-    recipe = parse_recipe(read_yaml(run.config_file), str(run.config_file))
-    objective = build_objective(recipe)
-    objective.load_state_dict(load_file(weights))
-    return recipe, objective.eval()

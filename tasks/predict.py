@@ -35,6 +35,10 @@ class PredictResult:
     """(path, reason) of broken files that were left out on request."""
     out: Path | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result for JSON."""
+        return {"task": "predict", "files": self.as_list()}
+
     def as_list(self) -> list[dict[str, Any]]:
         """Return {"path", "predictions"} per file for JSON; a file left out has none of them, and its "error"."""
         whole = [{"path": path, "predictions": best} for path, best in self.predictions]

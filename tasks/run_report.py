@@ -11,8 +11,8 @@ from mmssl.data.listing import Listing
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
 from tasks.build import Recipe, measure_cost
-from tasks.fit import load_objective
 from tasks.report import Code, Curve, Facts, Picture, Pictures, Section
+from tasks.writer import load_objective
 
 
 def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Section]:

@@ -15,12 +15,12 @@ from mmssl.data.listing import list_files
 from mmssl.errors import UserError, nearest, sibling
 from modalities.encoder import MODALITIES, EncoderConfig, encoder_folder, load
 from tasks.build import Recipe
-from tasks.fit import load_objective
 from tasks.panels import Files, Panel, legible, read_signal, write_panel
 from tasks.panels_neighbours import neighbours_panel
 from tasks.panels_reconstruction import reconstruction_panel
 from tasks.panels_tokens import attention_panel, pca_panel
 from tasks.panels_tsne import tsne_panel
+from tasks.writer import load_objective
 
 Name = Literal["reconstruction", "attention", "pca", "tsne", "neighbours"]
 PANELS: tuple[Name, ...] = get_args(Name)

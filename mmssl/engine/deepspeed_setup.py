@@ -117,6 +117,7 @@ def connect(me: World, device_type: str) -> torch.device:
         device = torch.device("cuda", me.local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device_type == "cuda" else "gloo"
+    alone = me.size == 1 and not dist.is_initialized() and "RANK" not in os.environ
     if me.size == 1 and not dist.is_initialized():
         os.environ.update(RANK="0", LOCAL_RANK=str(me.local_rank), WORLD_SIZE="1")  # DeepSpeed reads them
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -127,6 +128,8 @@ def connect(me: World, device_type: str) -> torch.device:
     # Its shared-memory reduction serves inference alone, yet would be compiled at each first start: say it cannot be.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    if alone:
+        del os.environ["RANK"]  # it would make a later run of this process believe in a launcher
     return device
 
 

@@ -20,8 +20,8 @@ from mmssl.errors import MmsslError, NonFiniteLoss, Stopped, UnusableData, UserE
 from mmssl.run import Run
 from modalities.encoder import load
 from tasks.build import load_recipe
-from tasks.fit import load_objective
 from tasks.pretrain import pretrain
+from tasks.writer import load_objective
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -138,7 +138,7 @@ def test_init_from_a_run_and_from_an_encoder(straight, tmp_path, photos, tiny_se
         folder, key = ("encoder", name.removeprefix("encoder.")) if source.name == "encoder" else ("objective", name)
         given = load_file(straight / folder / "model.safetensors")[key]
         torch.testing.assert_close(started, given, atol=1e-6, rtol=0)
-    with pytest.raises(UserError, match="no weight of .* fits"):
+    with pytest.raises(UserError, match=r"no weight of .* fits"):
         pretrain("image-mae-tiny", photos, tmp_path / "x",
                  {**tiny_settings, "train.init_from": str(straight), "model.backbone.dim": 32})  # fmt: skip
 

@@ -156,7 +156,7 @@ def test_a_broken_file_is_an_error_or_left_out_by_name(folder, files, tmp_path):
 def test_the_command_prints_a_table_or_json(folder, files, capfd):
     made = folder()
     assert main(["predict", str(made), *map(str, files[:2]), "--top", "1", "--json"]) == 0
-    result = json.loads(capfd.readouterr().out)
+    result = json.loads(capfd.readouterr().out)["files"]
     assert [entry["path"] for entry in result] == [str(path) for path in files[:2]]
     assert [len(entry["predictions"]) for entry in result] == [1, 1]
     assert main(["predict", str(made), *map(str, files[:2])]) == 0

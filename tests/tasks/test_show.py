@@ -18,7 +18,6 @@ from mmssl.data.listing import list_files
 from mmssl.errors import UnusableData, UserError
 from modalities.encoder import load
 from tasks.cli import main
-from tasks.fit import load_objective
 from tasks.panels import CAPTION, Block, Files, Line, Panel, Shot, draw, fit, legible, read_signal, shorten, wrap
 from tasks.panels_neighbours import neighbours_panel
 from tasks.panels_reconstruction import reconstruction_panel
@@ -26,6 +25,7 @@ from tasks.panels_tokens import attention_panel, component_colours, pca_panel, p
 from tasks.panels_tsne import read_vectors, tsne_panel
 from tasks.pretrain import pretrain
 from tasks.show import PANELS, show
+from tasks.writer import load_objective
 
 SUFFIXES = frozenset({".png"})
 

@@ -24,7 +24,7 @@ SIGNAL = {
     "clipart": [],
 }
 PRETRAIN = ["train.batch_size=128", "optim.base_lr=3e-3", "data.workers=1"]
-STEPS = 6000
+STEPS = 3500
 FINETUNE = ["optim.base_lr=5e-3", "optim.layer_decay=0.8", "train.batch_size=64", "data.workers=1"]
 FINETUNE_STEPS = {"1%": 100, "10%": 200, "100%": 600}
 

@@ -90,8 +90,8 @@ class Footprint:
 def footprint(objective: nn.Module, batch: Batch, samples: int, accumulate: int = 1, bf16: bool = False) -> Footprint:
     """Trace a training step of ``accumulate`` micro-batches of ``samples``, shaped as ``batch`` (of one sample).
 
-    The attention kernel, activation checkpointing and the types that autocast chooses are those of training on a CPU;
-    on a GPU they are the same for all that is large. ``torch.compile`` needs less.
+    The attention kernel, activation checkpointing and the types that autocast chooses are those of training on a CPU,
+    and taken to be the same on a GPU. ``torch.compile`` is not followed: the plan is for the model as it is written.
     """
     with _fakes():
         state, fakes = _fake_state(objective), _fake_batch(batch, samples)
@@ -184,9 +184,14 @@ class _Step(nn.Module):
             (loss / self.micros).backward()
 
 
-def _fakes() -> FakeTensorMode:
-    # Tables that a model computes with numpy for a size other than its own are real, and small.
-    return FakeTensorMode(allow_non_fake_inputs=True)
+@contextmanager
+def _fakes() -> Iterator[None]:
+    # Tables that a model computes with numpy are real, and may be mixed in; those it caches must not stay fake.
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        positions.resized_sincos.cache_clear()
 
 
 def _fake_state(objective: nn.Module) -> dict[str, Tensor]:
@@ -214,11 +219,9 @@ class Sharding:
     offload: bool = False
     """Whether the optimiser and its state are in main memory."""
     bucket: int = 500_000_000
-    """Gradients that are reduced together, in elements, as the next two."""
+    """Gradients that are reduced together, in elements."""
     prefetch: int = 50_000_000
-    """Stage 3: parameters gathered ahead."""
-    most_gathered: int = 1_000_000_000
-    """Stage 3: parameters that may be whole at once."""
+    """Stage 3: parameters gathered ahead, in elements."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], ranks: int) -> Self:
@@ -230,7 +233,6 @@ class Sharding:
             offload=(zero.get("offload_optimizer") or {}).get("device") == "cpu",
             bucket=int(zero.get("reduce_bucket_size", cls.bucket)),
             prefetch=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch)),
-            most_gathered=int(zero.get("stage3_max_live_parameters", cls.most_gathered)),
         )
 
 
@@ -287,9 +289,9 @@ def _stage_1_2(memory: Memory, foot: Footprint, part: int, sharding: Sharding) -
 
 def _stage_3(memory: Memory, foot: Footprint, part: int, sharding: Sharding) -> Memory:
     mine = 0 if sharding.offload else part
-    # Parameters stay gathered from the forward to the backward pass: autograd holds them, and so does DeepSpeed for
-    # as long as they are among the next stage3_max_reuse_distance (1e9) to be used.
-    gathered = min(foot.weights, BYTES * sharding.most_gathered) + min(foot.weights, BYTES * sharding.prefetch)
+    # All parameters stay gathered from the forward to the backward pass, since autograd holds them. Only activation
+    # checkpointing, with a low stage3_max_live_parameters and stage3_max_reuse_distance (1e9 both), lets them go.
+    gathered = foot.weights + min(foot.weights, BYTES * sharding.prefetch)
     return replace(
         memory,
         weights=foot.weights // sharding.ranks,

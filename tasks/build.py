@@ -108,9 +108,17 @@ def build_objective(recipe: Recipe) -> nn.Module:
 
 
 def sketch_objective(recipe: Recipe) -> nn.Module:
-    """Make the objective without the bytes of its weights: to plan what does not fit here."""
-    with torch.device("meta"):
-        return build_objective(recipe)
+    """Make the objective without the bytes of its weights: to plan what does not fit here.
+
+    Raises MemoryError for a weight whose bytes cannot even be counted.
+    """
+    try:
+        with torch.device("meta"):
+            return build_objective(recipe)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise MemoryError(str(error)) from None
 
 
 def measure_cost(recipe: Recipe, objective: nn.Module) -> Cost:

@@ -99,7 +99,7 @@ def pretrain(
 
     resolved = load_recipe(recipe, parse_assignments(overrides or ()))
     if dry:
-        emit(dry_run(resolved, data, split), as_json)
+        emit(dry_run(resolved, data, split, deepspeed_config), as_json)
         return
     if data is None or out is None:
         raise UserError(f"pretrain needs --{'data' if data is None else 'out'} (or --dry-run to see the cost first)")

@@ -37,6 +37,8 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
         "Waiting for data": f"{100 * float(np.mean(waits)):.0f} %",
         "Parameters": f"{cost.parameters:,}",
         **flops(cost.gflop_forward),
+        # Over the peak of the device, this is the model's utilisation (MFU).
+        "GFLOP per second": f"{np.median(rates) * cost.gflop_train:,.3g}",
         "Samples seen": f"{metrics[-1]['samples']:,}",
     }
     return [*sections, Facts("Cost", facts), Code("Recipe", recipe.as_yaml())]

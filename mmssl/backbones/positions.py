@@ -34,7 +34,8 @@ def sincos(grid: Grid, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _resized_sincos(grid: Grid, dim: int, target: Grid) -> Tensor:
+def resized_sincos(grid: Grid, dim: int, target: Grid) -> Tensor:
+    """Return ``sincos(grid, dim)`` resized to ``target``: float32 [N', dim]."""
     return resize_table(sincos(grid, dim), grid, target)
 
 
@@ -68,12 +69,14 @@ class Positions(nn.Module):
             self.table = nn.Parameter(torch.empty(int(np.prod(grid)), dim))
             nn.init.trunc_normal_(self.table, std=0.02)
         else:
-            self.register_buffer("table", sincos(self.grid, dim).clone(), persistent=False)
+            planning = torch.get_default_device().type == "meta"  # shapes alone are wanted
+            table = torch.empty(int(np.prod(grid)), dim) if planning else sincos(self.grid, dim).clone()
+            self.register_buffer("table", table, persistent=False)
 
     def forward(self, grid: Grid | None = None) -> Tensor:
         """Return the table [N, dim] of ``grid`` (its own if None)."""
         if grid is None or tuple(grid) == self.grid:
             return self.table
         if self.kind == "sincos":
-            return _resized_sincos(self.grid, self.dim, tuple(grid)).to(self.table)
+            return resized_sincos(self.grid, self.dim, tuple(grid)).to(self.table)
         return resize_table(self.table, self.grid, tuple(grid))

@@ -15,7 +15,6 @@ from warnings import warn
 import psutil
 import torch
 import torch.distributed as dist
-from torch.utils.cpp_extension import get_default_build_root
 
 from mmssl.distributed import World, world
 from mmssl.errors import UserError, nearest
@@ -135,6 +134,8 @@ def connect(me: World, device_type: str) -> torch.device:
 
 def stale_locks() -> list[Path]:
     """Return the lock files of torch's extension builder that no process here holds open: their owners were killed."""
+    from torch.utils.cpp_extension import get_default_build_root  # warns of a missing CUDA toolkit when imported
+
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     locks = {file.resolve() for depth in ("*/lock", "*/*/lock") for file in root.glob(depth)}
     held: set[Path] = set()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 LABELS = ("1%", "10%", "100%")
-SEEDS = "0,1,2"
+SEEDS = {"1%": "0,1,2", "10%": "0,1,2", "100%": "0,1"}
 GREY = ["signal.mean=[0.5,0.5,0.5]", "signal.std=[0.5,0.5,0.5]"]
 SIGNAL = {
     "mnist": ["signal.size=28", "model.tokenizer.patch_size=7", "signal.crop_scale=[0.5,1.0]", "signal.flip=false"],
@@ -24,16 +24,16 @@ SIGNAL = {
     "clipart": [],
 }
 PRETRAIN = ["train.batch_size=128", "optim.base_lr=3e-3", "data.workers=1"]
-STEPS = 3500
+STEPS = {"mnist": 3500, "emoji": 3500, "clipart": 1500}
 FINETUNE = ["optim.base_lr=5e-3", "optim.layer_decay=0.8", "train.batch_size=64", "data.workers=1"]
-FINETUNE_STEPS = {"1%": 100, "10%": 200, "100%": 600}
+FINETUNE_STEPS = {"1%": 100, "10%": 150, "100%": 300}
 
 
 def starts(name: str) -> dict[str, list[str]]:
     """Return the settings of pre-training a set, and of a run that leaves the weights as they are drawn."""
     shared = [*GREY, *SIGNAL[name], *PRETRAIN]
     # One step at a learning rate of nothing: random weights in a run folder like any other.
-    return {"pre-trained": [*shared, f"train.steps={STEPS}"], "random": [*shared, "train.steps=1", "optim.lr=1e-12"]}
+    return {"pre-trained": [*shared, f"train.steps={STEPS[name]}"], "random": [*shared, "train.steps=1", "optim.lr=1e-12"]}
 
 
 class Commands:
@@ -80,7 +80,7 @@ def measure(name: str, data: str, run: Commands) -> dict[str, Any]:
             key = f"{name}-finetune-{start}-{labels}"
             if not (run.out / f"{key}.json").exists():
                 shutil.rmtree(out, ignore_errors=True)
-            words = [*halves, "--labels", labels, "--seeds", SEEDS, "--out", str(out), *flag, *FINETUNE]
+            words = [*halves, "--labels", labels, "--seeds", SEEDS[labels], "--out", str(out), *flag, *FINETUNE]
             result["finetune"][start, labels] = run(
                 key, "finetune", str(folder / "pre-trained"), *words, f"train.steps={FINETUNE_STEPS[labels]}"
             )

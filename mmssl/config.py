@@ -197,20 +197,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one with dotted keys; an empty mapping is a value."""
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        nested = isinstance(value, Mapping) and len(value) > 0
+        result |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return result
+
+
 def override(data: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``data`` with dotted keys set; setting ``train.steps`` clears ``train.epochs`` and the reverse.
 
-    Raises UserError where a dotted key goes through something that is not a section.
+    A mapping changes the keys that it names and leaves the others of its section. Raises UserError where a dotted key
+    goes through something that is not a section.
     """
     try:
         result: dict[str, Any] = _copy(data)
+        assignments = flat(assignments)
     except RecursionError:
         raise UserError("the recipe holds an anchor that refers to itself") from None
     for key, value in assignments.items():
         *sections, leaf = key.split(".")
         node = result
         for depth, section in enumerate(sections):
-            if not isinstance(node.setdefault(section, {}), dict):
+            if node.get(section) is None:  # a section that is switched off, or not there
+                node[section] = {}
+            if not isinstance(node[section], dict):
                 raise UserError(f"{key}: '{'.'.join(sections[: depth + 1])}' is a value, not a section")
             node = node[section]
         node[leaf] = _copy(value)
@@ -222,15 +235,15 @@ def override(data: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[st
 
 
 def parse_assignments(words: Sequence[str]) -> dict[str, Any]:
-    """Parse ``key.sub=value`` words, values as YAML; raises UserError for a word of another form."""
-    parsed = {}
+    """Parse ``key.sub=value`` words, values as YAML, into dotted keys; UserError for a word of another form."""
+    parsed: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*", key):
             raise UserError(f"'{word}' is not an override: write key.sub=value, for example train.steps=500")
         try:
-            parsed[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            parsed |= flat({key: UniqueKeys(text).get_single_data()})
+        except (yaml.YAMLError, RecursionError):
             raise UserError(f"{key}: the value '{text}' is not valid YAML; quote it") from None
     return parsed
 

@@ -42,11 +42,11 @@ class Cost:
         return 3 * self.gflop_forward
 
 
-def sample_batch(signal_shape: tuple[int, ...], draw: Draw | None, grid: Grid) -> Batch:
-    """Return a batch of one synthetic sample with signal [1, C, *size] and token grid ``grid``."""
+def sample_batch(signal_shape: tuple[int, ...], draw: Draw | None, grid: Grid, device: str = "cpu") -> Batch:
+    """Return a batch of one synthetic sample with signal [1, C, *size] on ``device`` and token grid ``grid``."""
     rng = np.random.default_rng(0)
     batch: Batch = {
-        "signal": torch.from_numpy(rng.standard_normal((1, *signal_shape), dtype=np.float32)),
+        "signal": torch.empty(1, *signal_shape, device=device).normal_(),
         "index": torch.zeros(1, dtype=torch.int64),
         "seed": torch.zeros(1, dtype=torch.int64),
         "target": torch.zeros(1, dtype=torch.int64),

@@ -1,12 +1,14 @@
 """Facts about the ranks of a run, sums over them that carry gradients, and the little else they say to each other."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mmssl.errors import MmsslError
 
 
 class World(NamedTuple):
@@ -88,6 +90,17 @@ class Council:
             dist.all_reduce(values, group=self.group)
             values /= dist.get_world_size(self.group)
         return values
+
+    def lead(self, me: World, action: Callable[[], None]) -> None:
+        """Do something on rank 0 alone; an MmsslError that it raises there is raised on every rank."""
+        problem = None
+        if me.is_main:
+            try:
+                action()
+            except MmsslError as error:
+                problem = error
+        if (problem := self.gather(problem)[0]) is not None:
+            raise problem
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order."""

@@ -1,6 +1,7 @@
 """Writing so that a reader sees the old content or the new, never half of it."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -61,7 +62,20 @@ def commit_folder(aside: Path, path: Path, old: Path | None = None) -> None:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON, atomically."""
     with replacing_file(path) as aside:
-        aside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(to_json(data, indent=2) + "\n", encoding="utf-8")
+
+
+def to_json(data: Any, indent: int | None = None) -> str:
+    """Return data as JSON that every reader takes: null for NaN and infinities, which JSON does not know."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

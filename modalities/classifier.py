@@ -95,6 +95,8 @@ class Classifier:
 
     def ranked(self, logits: Tensor, top: int | None = None) -> list[list[Prediction]]:
         """Return for each row of class scores [n, C] the ``top`` predictions, best first; equal ones by class order."""
+        if top is not None and top < 1:
+            raise ValueError(f"top must be at least 1, but got {top}")
         probabilities = self.probabilities(logits)
         order = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
         return [

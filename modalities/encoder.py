@@ -17,6 +17,7 @@ from mmssl.backbones.vit import ViTConfig
 from mmssl.config import Piece, validate
 from mmssl.contracts import Backbone, Grid, Modality, Tokenizer
 from mmssl.data.guard import BrokenFile, guarded
+from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UnusableData, UserError, nearest, sibling
 from mmssl.files import replacing_folder, save_tensors, write_json
 from modalities.image import Image
@@ -179,6 +180,10 @@ class Encoder(nn.Module):
             0, 0, self.dim
         ), grids.pop() if grids else self._tokenizer.grid
 
+    def files(self, path: str | Path, split: str | None = None) -> Listing:
+        """Return the files of the encoder's modality in a folder, a manifest or one file: what evaluations take."""
+        return list_files(path, self.kind.suffixes, self.kind.name, split=split)
+
     def batches(self, inputs: Any, batch_size: int) -> Iterator[list[Tensor]]:
         """Yield the preprocessed signals float [C, *size] of inputs as ``embed`` takes them, so many at a time."""
         if batch_size < 1:
@@ -285,6 +290,8 @@ def encoder_folder(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist{sibling(path)}")
     if path.is_file():
+        if path.suffix not in (".safetensors", ".json"):
+            raise UserError(f"{path} is a {path.suffix or 'nameless'} file, but an encoder folder or a run is needed")
         path = path.parent
     if (path / "model.safetensors").is_file() and (path / "config.json").is_file():
         return path
@@ -295,4 +302,7 @@ def encoder_folder(path: Path) -> Path:
         raise UserError(f"{path} holds {len(found)} encoders: name one of {', '.join(map(str, found))}")
     if (path / "config.yaml").is_file():
         raise UserError(f"{path} is a run that has written no encoder yet")
+    inside = sorted(p.parent.parent for p in path.glob("*/encoder*/model.safetensors"))
+    if inside:
+        raise UserError(f"{path} holds {len(inside)} runs: name one of {', '.join(map(str, inside[:8]))}")
     raise UserError(f"{path} is neither an encoder folder nor a run (no model.safetensors in it)")

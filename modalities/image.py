@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from PIL.Image import Resampling
+from PIL.ImageFile import ImageFile
 from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from mmssl.config import Piece
 from mmssl.contracts import Views
 from mmssl.data.guard import guarded
 from modalities.augment import Augment
-from modalities.image_read import decode, opened, to_rgb, upright_size
+from modalities.image_read import decode, opened, pixels, to_rgb, upright_size
 from modalities.patches import PatchTokenizer, TargetKind
 
 
@@ -179,8 +180,8 @@ class Image:
     def picture(self, x: Tensor, signal: ImageSignal) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return a normalised signal [3, h, w] as something to look at: uint8 [h, w, 3]."""
         mean, std = _statistics(signal)
-        pixels = (x.detach().float().cpu() * std + mean) * 255
-        return pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        bytes_ = (x.detach().float().cpu() * std + mean) * 255
+        return bytes_.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,10 @@ class _EvalTransform:
     signal: ImageSignal
 
     def __call__(self, image: PIL.Image.Image) -> Tensor:
+        if not isinstance(image, PIL.Image.Image):
+            raise TypeError(f"a path, a PIL picture or a float tensor is needed, but got {type(image).__name__}")
+        if isinstance(image, ImageFile):
+            image = pixels(image)  # opened by a person, and perhaps not upright
         size = self.signal.sizes[nearest_size(image.height, image.width, self.signal)]
         box = centre_box(image.height, image.width, size, self.signal.resize_ratio)
         return _normalised(_resized(image, size, box), self.signal)

@@ -73,9 +73,10 @@ def orientation(image: PIL.Image.Image) -> int:
     """Return the EXIF orientation as far as the file has been read; 1 (upright) where there is none."""
     try:
         # Not the PNG reader's own method, which decodes the picture to look for metadata behind it.
-        return int(PIL.Image.Image.getexif(image).get(_ORIENTATION, 1))
+        value = int(PIL.Image.Image.getexif(image).get(_ORIENTATION, 1))
     except Exception:  # a camera's broken metadata does not break its picture
         return 1
+    return value if value in _UPRIGHT else 1
 
 
 def upright_size(image: PIL.Image.Image) -> tuple[int, int]:

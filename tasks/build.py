@@ -122,8 +122,9 @@ def sketch_objective(recipe: Recipe) -> nn.Module:
 
 
 def measure_cost(recipe: Recipe, objective: nn.Module) -> Cost:
-    """Return what one sample of a recipe costs; of several sizes, one of the encoder's own."""
-    return measure(objective, synthetic(objective, next(iter(MODALITIES[recipe.modality].sizes(recipe.signal)))))
+    """Return what one sample of a recipe costs; of several sizes, one of the dearest."""
+    sizes = MODALITIES[recipe.modality].sizes(recipe.signal)
+    return max((measure(objective, synthetic(objective, size)) for size in sizes), key=lambda cost: cost.gflop_forward)
 
 
 def measure_memory(recipe: Recipe, objective: nn.Module, samples: int) -> Footprint:
@@ -135,12 +136,12 @@ def measure_memory(recipe: Recipe, objective: nn.Module, samples: int) -> Footpr
 
 
 def synthetic(objective: nn.Module, size: Size) -> Batch:
-    """Return a batch of one synthetic sample of ``size`` for an objective."""
+    """Return a batch of one sample of ``size`` for an objective, whose signal has a shape and nothing else."""
     viewed = as_objective(objective)
     tokenizer = next(iter(viewed.encoders().values())).tokenizer
     grid = tokenizer.grid_of(size)
-    blank = tokenizer.unpatch(torch.zeros(1, prod(grid), tokenizer.patch_dim), grid)
-    return sample_batch(tuple(blank.shape[1:]), viewed.draw(), grid)
+    blank = tokenizer.unpatch(torch.empty(1, prod(grid), tokenizer.patch_dim, device="meta"), grid)
+    return sample_batch(tuple(blank.shape[1:]), viewed.draw(), grid, "meta")
 
 
 def as_objective(module: nn.Module) -> Objective:

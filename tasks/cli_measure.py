@@ -45,7 +45,8 @@ def finetune(
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights: the baseline.")] = False,
     protocol: Annotated[str, typer.Option(help="plain (few labels, small data), or mae as published.")] = "plain",
     validation: Annotated[
-        str | None, typer.Option(help="Hold this share of the training files out and keep the weights best on it.")
+        str | None,
+        typer.Option(help="Hold this share of the labelled training files out; keep the weights best on it."),
     ] = None,
     validation_split: Annotated[str | None, typer.Option(help="Which split of --train to measure on instead.")] = None,
     multi_label: Annotated[bool, typer.Option("--multi-label", help="A file has any number of labels.")] = False,
@@ -89,13 +90,14 @@ def predict(
     files: Annotated[list[Path], typer.Argument(metavar="FILE_OR_FOLDER...", help="What to classify.")],
     top: Annotated[int, typer.Option(help="How many classes to name for each file.")] = 5,
     out: Annotated[Path | None, typer.Option(help="A .jsonl, .csv or .parquet file to write.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of a manifest; all of it by default.")] = None,
     skip_broken: SkipBroken = False,
     as_json: Json = False,
 ) -> None:
     """Name the classes of files with a fine-tuned encoder."""
     from tasks.predict import predict as run
 
-    emit(run(classifier, files, top=top, out=out, skip_broken=skip_broken), as_json)
+    emit(run(classifier, files, top=top, out=out, split=split, skip_broken=skip_broken), as_json)
 
 
 def knn(
@@ -103,7 +105,7 @@ def knn(
     train: TrainData,
     test: TestData,
     k: Annotated[str, typer.Option(help="How many neighbours, separated by commas.")] = "10,20,100",
-    temperature: Annotated[float, typer.Option(help="Of the neighbours' votes.")] = 0.07,
+    temperature: Annotated[float, typer.Option(help="Of the softmax that weighs the neighbours' votes.")] = 0.07,
     label_column: LabelColumn = "label",
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
@@ -139,7 +141,9 @@ def linear_probe(
     label_column: LabelColumn = "label",
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the hold-out, intervals and training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the hold-out, the intervals and the training.")
+    ] = 0,
     skip_broken: SkipBroken = False,
     out: Out = None,
     as_json: Json = False,
@@ -193,7 +197,7 @@ def show(
     skip_broken: Annotated[
         bool | None, typer.Option("--skip-broken", help="neighbours: leave out broken files.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="reconstruction, tsne: of what is drawn by lot. [0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="reconstruction, tsne: seed of the masks or the map. [0]")] = None,
     as_json: Json = False,
 ) -> None:
     """Draw what was learned: reconstructions, attention, components, a map of vectors, nearest neighbours."""

@@ -1,6 +1,5 @@
 """What the commands of the command line share: their options, and how a result is printed and kept."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -10,7 +9,7 @@ from rich.console import Console
 
 from mmssl.data.listing import Listing, list_files
 from mmssl.distributed import world
-from mmssl.files import write_json
+from mmssl.files import to_json, write_json
 from modalities.encoder import Encoder
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -22,7 +21,9 @@ TestSplit = Annotated[str | None, typer.Option(help="Which split of --test; 'tes
 LabelColumn = Annotated[str, typer.Option(help="Manifest column with the labels.")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave broken files out and report how many.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value]...", help="Settings to change.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder to write the result to, as JSON.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder for the result as JSON (and the run, where one is trained).")
+]
 LocalRank = Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 DeepSpeedConfig = Annotated[
@@ -47,7 +48,7 @@ def emit(result: Result, as_json: bool) -> None:
     if not world().is_main:
         return
     if as_json:
-        print(json.dumps(result.as_dict()))
+        print(to_json(result.as_dict()))
     else:
         result.render(console())
 

@@ -87,6 +87,21 @@ class RawPixels:
         return f"raw {self._settings}"
 
 
+class DecodeOnly:
+    """Stands in for an encoder where files are to be read and nothing is to be computed: vectors of no numbers."""
+
+    def __init__(self, encoder: "Extractor") -> None:
+        self.decode, self.transform = encoder.decode, encoder.transform
+
+    def features(self, signal: Tensor) -> Tensor:
+        """Return [B, 0]."""
+        return torch.empty(len(signal), 0)
+
+    def fingerprint(self) -> str:
+        """Return a text, as ``Extractor`` asks for one; there is nothing to tell apart."""
+        return "decode only"
+
+
 @dataclass(frozen=True)
 class Features:
     """Vectors float32 [n, dim] of the files at ``kept`` (indices of the listing); (name, reason) of the others."""
@@ -94,6 +109,10 @@ class Features:
     vectors: Tensor
     kept: list[int]
     skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+class NonFiniteFeatures(UnusableData):
+    """Features are NaN or infinite: the encoder is at fault, or its training."""
 
 
 class ExtractOptions(TypedDict, total=False):
@@ -128,9 +147,8 @@ def extract(
     vectors = None if file is None else _read(file, len(listing))
     if vectors is not None:
         return Features(vectors, list(range(len(listing))))
-    features = _compute(
-        encoder, listing, _loader(encoder, listing, batch_size, workers, timeout), skip_broken, progress
-    )
+    features = compute(encoder, listing, batch_size, workers, skip_broken, timeout, progress)
+    check_readable(features, listing)
     if file is not None and not features.skipped:
         _write(file, features.vectors)
     return features
@@ -190,17 +208,20 @@ def _loader(
     )
 
 
-def _compute(
+def compute(
     encoder: Extractor,
     listing: Listing,
-    loader: DataLoader[tuple[int, Tensor | str]],
-    skip_broken: bool,
-    progress: ReportProgress | None,
+    batch_size: int = 256,
+    workers: int | Literal["auto"] = "auto",
+    skip_broken: bool = False,
+    timeout: float = 30.0,
+    progress: ReportProgress | None = None,
 ) -> Features:
+    """Return what ``extract`` does, without a cache; none at all where every file is broken and ``skip_broken``."""
     vectors: dict[int, Tensor] = {}
     skipped: list[tuple[str, str]] = []
     batch: _Loaded
-    for batch in loader:
+    for batch in _loader(encoder, listing, batch_size, workers, timeout):
         whole, broken = batch
         for index, reason in broken:
             if not skip_broken:
@@ -211,19 +232,23 @@ def _compute(
             vectors.update(zip(indices, rows, strict=True))
         if progress is not None:
             progress(len(vectors) + len(skipped), len(listing))
-    if not vectors:
-        name, reason = skipped[0]
-        raise UnusableData(
-            f"{listing.root}: none of the {len(skipped)} files can be read; the first is {name}: {reason}"
-        )
     kept = sorted(vectors)
-    return Features(torch.stack([vectors[i] for i in kept]), kept, skipped)
+    return Features(torch.stack([vectors[i] for i in kept]) if kept else torch.empty(0), kept, skipped)
+
+
+def check_readable(features: Features, listing: Listing) -> None:
+    """Raise UnusableData where no file of ``listing`` could be read."""
+    if not features.kept:
+        name, reason = features.skipped[0]
+        raise UnusableData(
+            f"{listing.root}: none of the {len(listing)} files can be read; the first is {name}: {reason}"
+        )
 
 
 def _finite(vectors: Tensor, paths: Sequence[str]) -> Tensor:
     bad = (~vectors.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise UnusableData(f"{paths[bad[0]]}: its features are NaN or infinite")
+        raise NonFiniteFeatures(f"{paths[bad[0]]}: its features are NaN or infinite")
     return vectors
 
 
@@ -315,9 +340,10 @@ def labelled_features(
 
 
 def commonest_share(train_targets: Sequence[int], test_targets: Sequence[int]) -> float:
-    """Return the share of the test targets that are the commonest training target (the first of equals)."""
-    guess = min(Counter(train_targets).items(), key=lambda item: (-item[1], item[0]))[0]
-    return sum(target == guess for target in test_targets) / len(test_targets)
+    """Return the share of the test targets that are the commonest training target; of equals, the mean share."""
+    counts, tests = Counter(train_targets), Counter(test_targets)
+    guesses = [target for target, count in counts.items() if count == max(counts.values())]
+    return sum(tests[guess] for guess in guesses) / len(guesses) / len(test_targets)
 
 
 def class_targets(train: Listing, test: Listing, label_column: str = "label") -> tuple[list[str], list[int], list[int]]:

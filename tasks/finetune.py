@@ -27,13 +27,14 @@ from tasks.labels import (
     balanced_weights,
     blind_score,
     check_disjoint,
+    check_positive,
     file_targets,
     held_out,
     more_targets,
     subset,
 )
 from tasks.metrics import Score, accuracy, average_precision_scores, classification_scores
-from tasks.validation import Validation, read_validation, shared_logits
+from tasks.validation import Validation, finite, read_validation, shared_features
 
 
 class FinetuneOptions(TypedDict, total=False):
@@ -89,6 +90,9 @@ def finetune(
         train, targets = train.select(chosen), targets[chosen]
     read = partial(more_targets, classes=classes, train=train, column=label_column, separator=mark)
     train, targets, apart = set_apart(train, test, targets, validation, seed, read)
+    check_positive(test_targets, test, "test files")
+    if apart is not None:
+        check_positive(apart[1], apart[0], "validation files")
     measured_on = None if apart is None else Validation(*apart, skip_broken)
     check_measured(overrides, measured_on)
     recipe, settings = finetune_recipe(encoder, classes, overrides, len(targets), protocol, multi_label)
@@ -128,7 +132,7 @@ def set_apart(
         return train, targets, (validation, read(validation))
     if validation is None:
         return train, targets, None
-    held = held_out(targets, validation, seed)
+    held = held_out(targets, validation, seed, train.paths)
     rest = np.setdiff1d(np.arange(len(targets)), held)
     return train.select(rest.tolist()), targets[rest], (train.select(held), targets[held])
 
@@ -148,9 +152,9 @@ def finetune_seeds(
     if len(parse_seeds(",".join(map(str, seeds)), overrides)) < 2:
         raise UserError("one seed has no deviation; give two or more")
     folders = [out / f"seed-{seed}" for seed in seeds]
-    # Looked up before any rank makes a folder, so that all of them decide alike.
+    # Looked up before any rank makes a folder (which ``fit`` does when it has heard of all), so that all decide alike.
     begun = [resume and (i == 0 or Run(folder).config_file.exists()) for i, folder in enumerate(folders)]
-    if world().is_main and not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give --resume to continue it or another --out")
     runs = []
     for seed, folder, again in zip(seeds, folders, begun, strict=True):
@@ -204,11 +208,14 @@ def weights_of(encoder: Encoder) -> Weights:
 def measure(run: Run, test: Listing, targets: Array, trained_on: Array, skip_broken: bool = False) -> Measured:
     """Measure a run's classifier on test files, as ``predict`` uses it; every rank of a run reads its share.
 
-    ``targets`` are those of the test files, ``trained_on`` of the training files. Raises as ``extract``.
+    ``targets`` are those of the test files, ``trained_on`` of the training files. Raises UnusableData for a broken file
+    unless ``skip_broken``, UserError where no other has a label, NonFiniteLoss for a model that has diverged.
     """
     classifier = Classifier(run.path).to(default_device())
-    found = shared_logits(classifier, test, skip_broken)
+    with finite("the trained model's scores of the test files"):
+        found = shared_features(classifier, test, skip_broken)
     targets, classes = targets[found.kept], classifier.classes
+    check_positive(targets, test, "test files that can be read")
     samples = Samples(len(trained_on), len(targets), classes, blind_score(trained_on, targets), found.skipped)
     target = torch.from_numpy(targets)
     if classifier.multi_label:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmssl.config import override
+from mmssl.config import flat, override
 from mmssl.distributed import world
 from mmssl.errors import UserError, nearest
 from modalities.encoder import Encoder
@@ -92,7 +92,7 @@ def pinned(name: str, encoder: Encoder) -> tuple[dict[str, Any], tuple[str, ...]
         raise UserError(f"--protocol mae is for images, and this encoder is of modality {encoder.modality}")
     depth = encoder.config.model.backbone.depth
     column, settings = next((size, extra) for most, size, extra in MAE_BY_DEPTH if depth <= most)
-    return {**MAE, **settings}, (f"the settings are those of ViT-{column}, by the encoder's {depth} blocks",)
+    return {**MAE, **settings}, (f"the encoder has {depth} blocks, so the settings are the paper's for ViT-{column}",)
 
 
 def finetune_recipe(
@@ -109,6 +109,7 @@ def finetune_recipe(
     A protocol's batch is cut to the ``samples`` there are, so that an epoch has at least one step, and to what divides
     into even shares of the ranks and micro-steps. Raises UserError for what cannot be set here.
     """
+    overrides = flat(overrides)
     for key, reason in FIXED.items():
         if key in overrides:
             raise UserError(f"{key} cannot be set here: {reason}")

@@ -119,7 +119,7 @@ class FinetuneResult:
     def report(self, train: Listing) -> None:
         """Write the run's report: the scores first."""
         run, row = Run(self.run), f"{self.start}, {self.labels}"
-        note = f"On {self.samples.test} test files, with 95 % bootstrap intervals."
+        note = f"With 95 % intervals. {self.measured}."
         columns = ["", *(name.replace("_", " ") for name in self.scores)]
         sections: list[Section] = [Table("Scores", note, columns, [[row, *self.scores.values()]])]
         metric = self.measured.class_metric
@@ -131,7 +131,8 @@ class FinetuneResult:
             words, name = validation_words(self.validation), self.validation["metric"]
             sections.append(Curve("Validation", "step", name, {"validation": series}, words))
         sections.append(Words("Protocol", str(self.protocol)))
-        subtitle = f"{self.samples.train} labels of {len(self.samples.classes)} classes, {self.start}"
+        what = "files with labels" if self.measured.multi_label else "labels"
+        subtitle = f"{self.samples.train} {what} of {len(self.samples.classes)} classes, {self.start}"
         write_report(run.report_file, f"{run.path.name}: fine-tuned", subtitle, [*sections, *run_sections(run, train)])
 
 
@@ -170,7 +171,16 @@ class SeedsResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON; scores are fractions."""
-        return {"task": "finetune", "summary": self.summary, "runs": [run.as_dict() for run in self.runs]}
+        first = self.runs[0].as_dict()
+        shared = {key: first[key] for key in ("train", "test", "classes")}
+        runs = [run.as_dict() for run in self.runs]
+        return {"task": "finetune", "summary": self.summary, **shared, "runs": runs}
+
+    @property
+    def measured_on(self) -> list[str]:
+        """What the seeds were measured on, and where the weights of each come from."""
+        validated = [(run.seed, run.validation) for run in self.runs if run.validation is not None]
+        return [str(self.runs[0].measured), *(f"seed {seed}: {validation_words(one)}" for seed, one in validated)]
 
     def render(self, console: Console) -> None:
         """Print one table: a row per seed with its interval, then mean and deviation."""
@@ -180,8 +190,8 @@ class SeedsResult:
         table.add_section()
         table.add_row("mean ± deviation", *(spread(one) for one in self.summary.values()))
         console.print(table)
-        words = (f"{first.measured}; the deviation is over {len(self.runs)} seeds (n - 1)", str(first.protocol))
-        for line in (*words, f"runs, classifiers and reports in {self.out}"):
+        words = [*self.measured_on, f"the deviation is over {len(self.runs)} seeds (n - 1)", str(first.protocol)]
+        for line in (*words, f"runs, classifiers and reports in {self.out}/seed-*"):
             console.print(line, markup=False, soft_wrap=True)
 
     def report(self) -> None:
@@ -189,12 +199,12 @@ class SeedsResult:
         first = self.runs[0]
         rows: list[list[str | Score]] = [[f"seed {run.seed}", *run.scores.values()] for run in self.runs]
         rows.append(["mean ± deviation", *(spread(one) for one in self.summary.values())])
-        note = f"On {first.samples.test} test files, with 95 % bootstrap intervals; the deviation is over the seeds."
+        note = "With 95 % intervals; the deviation is over the seeds (n - 1). Each seed's own report is in its folder."
         table = Table("Scores", note, ["", *(name.replace("_", " ") for name in first.scores)], rows, [len(rows) - 1])
         subtitle = f"{first.start}, {first.labels}, {len(self.runs)} seeds"
         write_report(
             self.out / "report.html", f"{self.out.name}: fine-tuned", subtitle,
-            [table, Words("Protocol", str(first.protocol))],
+            [table, Words("Measured on", "\n\n".join(self.measured_on)), Words("Protocol", str(first.protocol))],
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmssl import checkpoint
-from mmssl.config import read_yaml
+from mmssl.config import flat, read_yaml
 from mmssl.contracts import Tokenizer
 from mmssl.data.dataset import Bucket, Plan, Samples, Stream, loader, worker_count
 from mmssl.data.listing import Listing
@@ -64,14 +64,10 @@ def fit(
         start_from(objective, initial, recipe.train.init_from)
     if resume:
         check_resumable(run, recipe)
-    elif me.is_main:
-        run.create(recipe.as_dict())
     validator = None if validation is None else make_validator(validation, recipe, objective, run, len(listing))
     device = default_device() if ds is None else join(me)
     council = Council(me.size)
-    council.gather(None)  # nobody goes on before rank 0 has made the folder
-    if me.is_main:
-        run.hold()
+    council.lead(me, lambda: occupy(run, recipe, resume))
     engine = build_engine(recipe, objective, device, ds)
     if validator is not None:
         validator.attach(engine, me, council, say)
@@ -82,6 +78,8 @@ def fit(
             batches = make_batches(recipe, listing, objective, targets, me, start, device)
             schedule = make_schedule(recipe, len(listing))
             train(engine, batches, schedule, make_limits(recipe, len(listing)), writer.hooks(), me, council, start)
+            if validator is not None and validator.enough:
+                say(f"stopped early: train.patience {recipe.train.patience} is used up; the best weights are kept")
     except Stopped as stopped:
         writer.status("stopped", reason=str(stopped))
         raise
@@ -93,6 +91,13 @@ def fit(
         run.release()
     writer.status("done", seconds=round(time.monotonic() - writer.began, 1))
     council.gather(None)  # whoever reads the run folder next, on any rank, finds it complete
+
+
+def occupy(run: Run, recipe: Recipe, resume: bool) -> None:
+    """Make the run folder unless it is resumed, and keep others out of it."""
+    if not resume:
+        run.create(recipe.as_dict())
+    run.hold()
 
 
 def start_from(objective: nn.Module, initial: Weights | None, path: str | None) -> None:
@@ -108,6 +113,8 @@ def check_batch(recipe: Recipe, me: World) -> None:
     batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
     if batch % (me.size * accumulate):
         raise UserError(f"train.batch_size {batch} does not divide by {me.size} ranks x train.accumulate {accumulate}")
+    if recipe.objective.micro_batch_multiple > 1 and recipe.data.repeats > 1:
+        raise UserError("objective.mix mixes neighbours, which data.repeats makes the same file; use one of them")
     micro, multiple = batch // (me.size * accumulate), recipe.objective.micro_batch_multiple
     if micro % multiple:
         raise UserError(
@@ -125,14 +132,6 @@ def check_resumable(run: Run, recipe: Recipe) -> None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
             raise UserError(f"--resume: {key} is {now.get(key)} here but {before.get(key)} in {run.config_file}")
-
-
-def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one with dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in data.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
 
 
 def make_validator(validation: Validation, recipe: Recipe, objective: nn.Module, run: Run, files: int) -> Validator:

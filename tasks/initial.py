@@ -119,7 +119,8 @@ def take(objective: nn.Module, weights: Weights) -> Taken:
         raise UserError(
             f"no weight of {weights.source} fits this model's backbone{detail}; use the same model.backbone"
         )
-    objective.load_state_dict(state, strict=False)
+    if not any(tensor.is_meta for tensor in own.values()):  # a sketch is only asked what would fit
+        objective.load_state_dict(state, strict=False)
     return Taken(
         weights.source,
         sorted(state.keys() - set(resized)),

@@ -89,6 +89,12 @@ def check_disjoint(a: Listing, b: Listing, what: str) -> None:
         raise UserError(f"{len(shared)} files, such as {min(shared)}, are in {what}")
 
 
+def check_positive(targets: Array, listing: Listing, what: str) -> None:
+    """Raise UserError where files can have several labels and none of them has any: there is no mAP then."""
+    if targets.ndim == 2 and not targets.any():
+        raise UserError(f"{listing.root}: none of the {len(targets)} {what} has a label, and mAP needs at least one")
+
+
 def percentage(text: str, option: str) -> float:
     """Return "10%" as 0.1; raises UserError for another form, 0% or more than 100%."""
     try:
@@ -129,24 +135,37 @@ def subset(targets: Sequence[int] | Array, labels: str | None, shots: int | None
     return drawn(groups, counts, rng)
 
 
-def held_out(targets: Array, part: str, seed: int) -> list[int]:
+def held_out(targets: Array, part: str, seed: int, paths: Sequence[str]) -> list[int]:
     """Return the indices of a seeded validation part, in order: ``part``, such as "10%", of each class.
 
     It takes at least one file of every class that has two, and leaves at least one of each; where files have several
-    labels, what is left keeps every class. Raises UserError where nothing can be held out.
+    labels, what is left keeps every class. A file that is listed more than once (by whatever spelling or link) is held
+    out with all its rows or not at all, and never where those contradict each other. Raises UserError where nothing can
+    be held out.
     """
     fraction, rng = percentage(part, "--validation"), np.random.default_rng([seed, 2])
+    files = rows_of_files(paths)
     if targets.ndim == 2:
-        count = max(1, round(fraction * len(targets)))
-        kept = covering(targets, len(targets) - count, rng) if count < len(targets) else []
-        held = sorted(set(range(len(targets))) - set(kept)) if kept else []
+        labels = np.stack([targets[rows].max(0) for rows in files])
+        count = max(1, round(fraction * len(files)))
+        kept = covering(labels, len(files) - count, rng) if count < len(files) else []
+        held = sorted(set(range(len(files))) - set(kept)) if kept else []
     else:
-        groups = by_class(targets)
-        counts = [min(max(1, round(fraction * len(group))), len(group) - 1) for group in groups]
-        held = drawn(groups, counts, rng)
+        files = [rows for rows in files if len({*targets[rows].tolist()}) == 1]
+        groups = by_class(np.array([targets[rows[0]] for rows in files])) if files else []
+        counts = [max(0, min(max(1, round(fraction * len(group))), len(group) - 1)) for group in groups]
+        held = drawn(groups, counts, rng) if files else []
     if not held:
         raise UserError(f"--validation {part}: too few training files ({len(targets)}) to hold any out")
-    return held
+    return sorted(row for i in held for row in files[i])
+
+
+def rows_of_files(paths: Sequence[str]) -> list[list[int]]:
+    """Return for every file that ``paths`` lead to, in order of first appearance, the indices of those that do."""
+    rows: dict[str, list[int]] = {}
+    for i, path in enumerate(paths):
+        rows.setdefault(os.path.realpath(path), []).append(i)
+    return list(rows.values())
 
 
 def by_class(targets: Array) -> list[Array]:

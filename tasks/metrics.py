@@ -1,11 +1,13 @@
 """Classification scores with bootstrap intervals, and the table that shows them."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -17,7 +19,7 @@ Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Score(NamedTuple):
-    """A fraction (0 to 1) with the ends of its confidence interval."""
+    """A fraction (0 to 1) with the ends of its confidence interval; NaN where it is not defined."""
 
     value: float
     low: float
@@ -28,6 +30,8 @@ class Score(NamedTuple):
         return self._asdict()
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "not measured"
         return f"{self.value:.1%} ({100 * self.low:.1f}-{100 * self.high:.1f})"
 
 
@@ -71,9 +75,7 @@ def average_precision(scores: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"scores and targets [n, C] are needed, but got {[*scores.shape]} and {[*target.shape]}")
     if scores.isnan().any():
         raise ValueError("class scores hold NaN")
-    ones = np.ones((1, len(scores)))
-    columns = zip(scores.double().numpy().T, target.numpy().T, strict=True)
-    return torch.from_numpy(np.concatenate([_average_precision(*column, ones) for column in columns]))
+    return _average_precisions(_rankings(scores, target), torch.ones(len(scores), 1))[0]
 
 
 def average_precision_scores(
@@ -85,13 +87,14 @@ def average_precision_scores(
     that have a positive in it. Raises as ``average_precision``.
     """
     values = average_precision(scores, target).numpy()
+    rankings = _rankings(scores, target)
     n, rng = len(scores), np.random.default_rng(seed)
-    chunk = max(1, 2**22 // n)
+    chunk = max(16, 2**20 // n)
     parts = []
     for first in range(0, resamples, chunk):
-        drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, resamples - first)).astype(np.float64)
-        columns = zip(scores.double().numpy().T, target.numpy().T, strict=True)
-        parts.append(np.stack([_average_precision(*column, drawn) for column in columns], axis=1))
+        drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, resamples - first))
+        counts = torch.from_numpy(drawn.T).float().contiguous()
+        parts.append(_average_precisions(rankings, counts).numpy())
     found = np.concatenate(parts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of nothing but NaN the mean is NaN, as it should be
@@ -102,17 +105,48 @@ def average_precision_scores(
     return Score(*map(float, means)), per_class
 
 
-def _average_precision(scores: Floats, positive: np.ndarray[Any, Any], counts: Floats) -> Floats:
-    # Of samples that stand ``counts`` [resamples, n] times each; one number per resample.
+class _Ranking(NamedTuple):
+    """A class's files from the best score down to the last positive. A step is one or more equal scores with a positive
+    among them, and whatever lies between it and the step before: precision is looked at where a step ends.
+    """
+
+    files: Tensor
+    """Indices, int32, up to the end of the last step."""
+    steps: Tensor
+    """Where each step begins in ``files``, int32."""
+    positives: Tensor
+    """Indices of the positives alone, int32, in the same order."""
+    groups: Tensor
+    """Where each step begins in ``positives``, int32."""
+
+
+def _rankings(scores: Tensor, target: Tensor) -> list[_Ranking | None]:
+    columns = zip(scores.double().numpy().T, target.numpy().T, strict=True)
+    return [_ranking(*column) if column[1].any() else None for column in columns]
+
+
+def _ranking(scores: Floats, positive: np.ndarray[Any, Any]) -> _Ranking:
     order = np.argsort(-scores, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
-    counts = counts[:, order]
-    hits = np.cumsum(counts * positive[order], axis=1)[:, ends]
-    seen = np.cumsum(counts, axis=1)[:, ends]
-    gained = np.diff(hits, axis=1, prepend=0)
-    with np.errstate(invalid="ignore"):
-        result: Floats = (gained * hits / np.maximum(seen, 1)).sum(1) / hits[:, -1]
-    return result
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1) + 1
+    places = np.flatnonzero(positive[order])
+    step, groups = np.unique(np.searchsorted(ends, places, side="right"), return_index=True)
+    stops = ends[step]
+    parts = order[: stops[-1]], np.append(0, stops[:-1]), order[places], groups
+    return _Ranking(*(torch.from_numpy(part.astype(np.int32)) for part in parts))
+
+
+def _average_precisions(rankings: list[_Ranking | None], counts: Tensor) -> Tensor:
+    """Return float64 [resamples, classes] of files that stand ``counts`` [n, resamples] times each."""
+    none = torch.full(counts.shape[1:], torch.nan, dtype=torch.float64)
+    return torch.stack([none if one is None else _average_precision(one, counts) for one in rankings], dim=1)
+
+
+def _average_precision(ranking: _Ranking, counts: Tensor) -> Tensor:
+    # Bags add rows up, many resamples at once. float32 holds these whole numbers exactly up to 16 million files.
+    seen = F.embedding_bag(ranking.files, counts, ranking.steps, mode="sum").cumsum(0)
+    gained = F.embedding_bag(ranking.positives, counts, ranking.groups, mode="sum")
+    hits = gained.cumsum(0)
+    return (gained.double() * hits / seen.clamp(min=1)).sum(0) / hits[-1]
 
 
 def target_rank(scores: Tensor, target: Tensor, chunk: int = 4096) -> Tensor:

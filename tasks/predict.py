@@ -22,6 +22,8 @@ from modalities.classifier import Classifier, Prediction
 from tasks.build import default_device
 from tasks.features import extract
 
+MOST_COLUMNS = 5
+"""Classes that a table has room for."""
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
@@ -49,26 +51,31 @@ class PredictResult:
         if self.out is not None:
             console.print(f"{self.out}: predictions for {len(self.predictions)} files", markup=False, soft_wrap=True)
         else:
+            named = len(self.predictions[0][1])
             table = Table(box=SIMPLE_HEAD)
             table.add_column("file", overflow="fold")
-            for place in range(len(self.predictions[0][1])):
+            for place in range(min(named, MOST_COLUMNS)):
                 table.add_column("most likely" if place == 0 else str(place + 1), overflow="fold")
             for path, best in self.predictions:
-                table.add_row(escape(path), *(f"{escape(one['label'])} {one['score']:.1%}" for one in best))
+                cells = (f"{escape(one['label'])} {one['score']:.1%}" for one in best[:MOST_COLUMNS])
+                table.add_row(escape(path), *cells)
             console.print(table)
+            if named > MOST_COLUMNS:
+                console.print(f"the first {MOST_COLUMNS} of {named}; --json and --out have all of them")
         for path, reason in self.skipped:
             console.print(f"{path}: left out ({reason})", markup=False, soft_wrap=True)
 
 
 def predict(
     classifier: str | Path | Classifier,
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     top: int = 5,
     out: str | Path | None = None,
+    split: str | None = None,
     skip_broken: bool = False,
 ) -> PredictResult:
-    """Classify files, and all files of folders and manifests; ``top`` is how many classes to name for each.
+    """Classify files, and all files of folders and manifests (or their ``split``); ``top`` is how many classes to name.
 
     ``out`` is written as JSON lines (one object per file), CSV or parquet (one row per file and class), by its suffix.
     Raises UserError for a mistake, before anything is computed, and UnusableData for a broken file unless
@@ -79,7 +86,7 @@ def predict(
     out = None if out is None else checked(Path(out))
     if not isinstance(classifier, Classifier):
         classifier = Classifier(classifier).to(default_device())
-    files, names = listed(classifier, paths)
+    files, names = listed(classifier, [paths] if isinstance(paths, str | Path) else paths, split)
     found = extract(classifier, files, skip_broken=skip_broken, cache=None)
     best = classifier.ranked(found.vectors, top)
     kept = set(found.kept)
@@ -94,13 +101,13 @@ def predict(
     return result
 
 
-def listed(classifier: Classifier, paths: Sequence[str | Path]) -> tuple[Listing, list[str]]:
+def listed(classifier: Classifier, paths: Sequence[str | Path], split: str | None = None) -> tuple[Listing, list[str]]:
     """Return the files that paths mean as one listing, and each file's path as the person would write it."""
     files: list[str] = []
     names: list[str] = []
     kind = classifier.encoder.kind
     for path in map(Path, paths):
-        found = list_files(path, kind.suffixes, kind.name)
+        found = list_files(path, kind.suffixes, kind.name, split=split)
         base = path if path.is_dir() else path.parent
         files += found.paths
         names += [str(base / found.name(i)) for i in range(len(found))]

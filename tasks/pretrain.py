@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmssl.cost import Footprint, Memory, Sharding, plan
 from mmssl.data.listing import Listing, list_files
 from mmssl.distributed import world
 from mmssl.engine.optim import ADAMW_STATE
+from mmssl.errors import UserError
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
 from tasks.build import (
@@ -30,6 +32,7 @@ from tasks.build import (
     use_bf16,
 )
 from tasks.fit import check_batch, fit
+from tasks.initial import read_weights, take
 from tasks.report import write_report
 from tasks.run_report import run_sections
 
@@ -86,6 +89,8 @@ def pretrain(
         recipe = parse_recipe(override(recipe.as_dict(), overrides or {}), "the recipe")
     else:
         recipe = load_recipe(recipe, overrides)
+    if recipe.train.patience is not None:
+        raise UserError("train.patience needs files to measure on, which finetune alone has (--validation)")
     listing, run = training_files(recipe, data, split), Run(out)
     fit(recipe, listing, run, resume=resume, deepspeed_config=deepspeed_config)
     metrics = run.metrics()
@@ -135,6 +140,11 @@ class DryRun:
                 table.add_row(*(in_words(value) for value in row.values()))
             console.print(f"\nOn {self.zero[0]['ranks']} ranks, by --deepspeed_config:")
             console.print(table)
+            console.print(
+                "More ranks do not make activations and communication buckets smaller: where these dominate, "
+                "train.accumulate or model.backbone.checkpointing=true does.",
+                soft_wrap=True,
+            )
 
 
 def in_words(value: Any) -> str:
@@ -153,27 +163,38 @@ def dry_run(
     objective = sketch_objective(recipe)
     cost = measure_cost(recipe, objective)
     encoder = next(iter(as_objective(objective).encoders().values()))
-    draw = as_objective(objective).draw()
-    total = int(np.prod(encoder.tokenizer.grid))
-    seen = len(draw(np.random.default_rng(0), encoder.tokenizer.grid).get("keep", range(total))) if draw else total
     device = default_device()
     facts: dict[str, Any] = {
         "parameters": cost.parameters,
         "encoder_parameters": sum(p.numel() for p in encoder.parameters()),  # type: ignore[attr-defined]
         "gflop_per_sample_forward": cost.gflop_forward,
         "gflop_per_sample_training": cost.gflop_train,
-        "tokens_seen": f"{seen} of {total}",
+        "tokens_seen": tokens_seen(recipe, objective),
         "micro_batch": recipe.train.batch_size // (recipe.train.accumulate * me.size),
         "device": device.type,
         "precision": "bf16" if use_bf16(recipe, device) else "fp32",
     }
     foot = measure_memory(recipe, objective, facts["micro_batch"])
     facts |= memory_facts(foot, planned(recipe, foot, None if ds is None else Sharding.of(ds, me.size)))
+    if recipe.train.init_from is not None:
+        facts["init_from"] = str(take(objective, read_weights(Path(recipe.train.init_from))))
     if listing is not None:
         steps = recipe.steps(len(listing))
         facts |= {"steps": steps, "epochs": steps * recipe.train.batch_size / recipe.epoch(len(listing))}
     zero = zero_plans(recipe, objective, me.size if me.size > 1 else RANKS)
     return DryRun(recipe, None if listing is None else len(listing), facts, zero)
+
+
+def tokens_seen(recipe: Recipe, objective: nn.Module) -> str:
+    """Return how many tokens the encoder sees of a sample, for each size that there is: "4 of 16"."""
+    root = as_objective(objective)
+    tokenizer, draw = next(iter(root.encoders().values())).tokenizer, root.draw()
+    words = []
+    for size in MODALITIES[recipe.modality].sizes(recipe.signal):
+        grid = tokenizer.grid_of(size)
+        drawn = draw(np.random.default_rng(0), grid) if draw else {}
+        words.append(f"{len(drawn['keep']) if 'keep' in drawn else prod(grid)} of {prod(grid)}")
+    return ", ".join(words)
 
 
 def planned(recipe: Recipe, foot: Footprint, sharding: Sharding | None) -> Memory:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mmssl.config import override
+from mmssl.config import flat, override
 from mmssl.data.listing import Listing
 from mmssl.errors import Stopped, UnusableData, UserError, nearest
 from mmssl.files import write_json
@@ -25,7 +25,7 @@ from modalities.encoder import Encoder
 from tasks.build import Recipe, parse_recipe
 from tasks.features import Samples, class_targets
 from tasks.finetune import evaluate
-from tasks.fit import fit, flat
+from tasks.fit import fit
 from tasks.initial import Weights
 from tasks.linear_probe import ProbeResult, linear_probe
 from tasks.metrics import Score, score_table, scores_as_dict
@@ -174,8 +174,8 @@ def pin(
     """
     if name not in PROTOCOLS:
         raise UserError(f"--protocol {name}: no such protocol{nearest(name, NAMES)}")
-    overrides = dict(overrides or {})
-    for key in flat(overrides):
+    overrides = flat(overrides or {})
+    for key in overrides:
         for fixed, reason in FIXED.items():
             if f"{key}.".startswith(f"{fixed}."):
                 raise UserError(f"{key} cannot be set here: {reason}")
@@ -204,8 +204,10 @@ def remarks(recipe: Recipe, published: Settings, cut: int, files: int) -> list[s
     if steps < meant / 10:
         notes.append(
             f"{steps} steps; on ImageNet the protocol takes {meant}: a low score may be of a head that has not learned "
-            "yet (raise train.epochs), and --protocol logistic has an optimum to reach at any size"
+            "yet (raise train.epochs); --protocol logistic does not depend on the number of steps"
         )
+    if recipe.optim.warmup_steps(steps, recipe.epoch(files) / recipe.train.batch_size) >= steps:
+        notes.append(f"the warm-up ({recipe.optim.warmup}) fills the whole training: set optim.warmup lower")
     assert isinstance(recipe.objective, ClassifyConfig)
     if recipe.train.accumulate > 1 and recipe.objective.head.batch_norm:
         notes.append("batch norm is over micro-batches: train.accumulate changes the result")

@@ -3,26 +3,31 @@
 import copy
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mmssl.checkpoint import checkpoints
 from mmssl.data.listing import Listing
 from mmssl.distributed import Council, World, world
 from mmssl.engine import Engine
-from mmssl.errors import MmsslError, UnusableData
+from mmssl.errors import MmsslError, NonFiniteLoss, UnusableData, UserError
 from mmssl.files import replacing_file, save_tensors, write_json
 from mmssl.objectives.classify import Classify
 from mmssl.run import Run
 from modalities.classifier import Classifier
-from tasks.features import Features, extract
+from tasks.features import DecodeOnly, Extractor, Features, NonFiniteFeatures, check_readable, compute
+from tasks.labels import check_positive
 from tasks.metrics import average_precision
 
 
@@ -49,8 +54,11 @@ class Measure(NamedTuple):
     loss: float
 
     def beats(self, other: "Measure") -> bool:
-        """Whether it is the better of two."""
-        return (self.score, -self.loss) > (other.score, -other.loss)
+        """Whether it is the better of two; NaN is worse than any number."""
+        mine, others = (
+            [-math.inf if math.isnan(value) else value for value in (one.score, -one.loss)] for one in (self, other)
+        )
+        return mine > others
 
 
 class Validator:
@@ -72,6 +80,15 @@ class Validator:
         self.source = "ema/" if averaged else "param/"
         self.history: list[Measure] = []
         self.best: Measure | None = None
+
+    def check(self, me: World, council: Council) -> None:
+        """Decode every file once, so that a broken one is found before anything is trained. A collective.
+
+        Raises UnusableData for a broken file unless it may be left out, UserError where none of the others has a label.
+        """
+        files = self.asked.files
+        found = shared_features(DecodeOnly(self.classifier), files, self.asked.skip_broken, me, council)
+        check_positive(self.asked.targets[found.kept], files, "validation files that can be read")
 
     def attach(self, engine: Engine, me: World, council: Council, tell: Callable[[str], None]) -> None:
         """Say what is measured, with whom, and who hears of it."""
@@ -106,7 +123,8 @@ class Validator:
                 own[name.split("/", 1)[1]].data.copy_(tensor)
 
     def _measure(self, step: int) -> Measure:
-        found = shared_logits(self.classifier, self.asked.files, self.asked.skip_broken, self.me, self.council)
+        with finite(f"at step {step} the scores of the validation files"):
+            found = shared_features(self.classifier, self.asked.files, self.asked.skip_broken, self.me, self.council)
         targets = torch.from_numpy(self.asked.targets[found.kept])
         if targets.ndim == 2:
             score = float(average_precision(found.vectors, targets).nanmean())
@@ -140,12 +158,20 @@ class Validator:
 
     def weights(self) -> dict[str, Tensor] | None:
         """Return the best weights and buffers by name in the objective; None before the first measurement."""
-        return None if self.best is None else load_file(self._file(self.best.step))
+        if self.best is None:
+            return None
+        file = self._file(self.best.step)
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: the best weights so far are not readable ({error})") from None
 
     def tidy(self) -> None:
-        """Delete weights that are the best no more; those that the last checkpoint names must outlive it."""
+        """Delete weights that are the best no more, but for those that a checkpoint names: a run may go on from it."""
+        named = best_steps(self.run.checkpoints) | ({self.best.step} if self.best is not None else set())
+        kept = {self._file(step) for step in named}
         for file in (self.run.path / "best").glob("step-*"):
-            if self.best is None or file != self._file(self.best.step):
+            if file not in kept:
                 file.unlink()
 
     def facts(self) -> dict[str, Any]:
@@ -166,6 +192,18 @@ class Validator:
             write_json(self.run.path / "validation.json", self.facts())
 
 
+def best_steps(folder: Path) -> set[int]:
+    """Return the steps whose weights were the best when a checkpoint in ``folder`` was written."""
+    steps = set()
+    for path in checkpoints(folder):
+        try:
+            facts = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+            steps.add(facts["validation"]["best_step"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # no run can go on from a checkpoint like that
+    return steps - {None}
+
+
 def read_validation(run: Run) -> dict[str, Any] | None:
     """Return what a run's validation found: ``Validator.facts``; None where there was none."""
     file = run.path / "validation.json"
@@ -173,27 +211,41 @@ def read_validation(run: Run) -> dict[str, Any] | None:
     return found
 
 
-def shared_logits(
-    classifier: Classifier, files: Listing, skip_broken: bool, me: World | None = None, council: Council | None = None
-) -> Features:
-    """Return class scores before softmax or sigmoid, each rank reading its share of the files. A collective.
+@contextmanager
+def finite(what: str) -> Iterator[None]:
+    """Blame the training, and no file, where a trained model's scores, ``what`` in words, are NaN or infinite."""
+    try:
+        yield
+    except NonFiniteFeatures:
+        raise NonFiniteLoss(
+            f"{what} are NaN or infinite: the training has diverged; lower optim.base_lr or set optim.clip"
+        ) from None
 
-    Raises UnusableData, on every rank alike, for a broken file unless ``skip_broken``.
+
+def shared_features(
+    encoder: Extractor, files: Listing, skip_broken: bool, me: World | None = None, council: Council | None = None
+) -> Features:
+    """Return what ``extract`` does, without a cache, each rank reading its share of the files. A collective.
+
+    Raises UnusableData, on every rank alike, as ``extract``.
     """
     me = me or world()
     council = council or Council(me.size)
-    mine = list(range(me.rank, len(files), me.size))
-    problem, part = None, Features(torch.empty(0, len(classifier.classes)), [])
+    mine = range(me.rank, len(files), me.size)
+    problem, part = None, Features(torch.empty(0), [])
     try:
         if mine:
-            part = extract(classifier, files.select(mine), skip_broken=skip_broken, cache=None)
+            part = compute(encoder, files.select(mine), skip_broken=skip_broken)
     except UnusableData as error:
-        problem = str(error)
-    found = council.gather((problem, part.vectors, [mine[i] for i in part.kept], part.skipped))
-    problems = [text for text, *_ in found if text]
+        problem = error
+    broken = sorted(set(range(len(mine))) - set(part.kept)) if part.skipped else []
+    left_out = [(mine[i], entry) for i, entry in zip(broken, part.skipped, strict=True)]
+    found = council.gather((problem, part.vectors, [mine[i] for i in part.kept], left_out))
+    for problem, *_ in found:
+        if problem is not None:
+            raise problem
     kept = [index for _, _, indices, _ in found for index in indices]
-    if problems:
-        raise UnusableData(problems[0])
-    order = torch.tensor(kept).argsort()
-    vectors = torch.cat([rows for _, rows, _, _ in found])[order]
-    return Features(vectors, sorted(kept), [entry for *_, skipped in found for entry in skipped])
+    skipped = [entry for _, entry in sorted(pair for *_, pairs in found for pair in pairs)]
+    check_readable(Features(torch.empty(0), kept, skipped), files)
+    vectors = torch.cat([rows for _, rows, _, _ in found if len(rows)])[torch.tensor(kept).argsort()]
+    return Features(vectors, sorted(kept), skipped)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -41,7 +42,7 @@ class Writer:
 
     def __init__(
         self, run: Run, recipe: Recipe, listing: Listing, engine: Engine, me: World, council: Council,
-        validator: Validator | None = None,
+        validator: Validator | None = None, targets: np.ndarray[Any, Any] | None = None,
     ) -> None:  # fmt: skip
         self.run, self.recipe, self.listing = run, recipe, listing
         self.engine, self.me, self.council, self.validator = engine, me, council, validator
@@ -49,7 +50,11 @@ class Writer:
         self.written, self.began = 0, time.monotonic()
         self.ledger = Ledger(run.ledger_file, write=me.is_main)
         names = "\n".join(listing.name(i) for i in range(len(listing)))
-        self.files = hashlib.sha256(os.fsencode(names)).hexdigest()
+        digest = hashlib.sha256(os.fsencode(names))
+        if targets is not None:
+            digest.update(targets.tobytes())
+        self.files = digest.hexdigest()
+        self.trained_on = "files" if targets is None else "files or their labels"
 
     def hooks(self) -> Hooks:
         """Return the loop's hooks."""
@@ -106,7 +111,7 @@ class Writer:
         for note in notes:
             say(note)
         if found.facts["files"] != self.files:
-            raise UserError(f"--resume: the files are not those that {found.path} was trained on")
+            raise UserError(f"--resume: the {self.trained_on} are not those that {found.path} was trained on")
         if found.step > self.steps:
             raise UserError(f"--resume: {found.path} is already past the {self.steps} steps asked for")
         if found.facts["threads"] != torch.get_num_threads():

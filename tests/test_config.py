@@ -131,3 +131,15 @@ def test_the_schedule_warms_up_and_ends_at_the_floor():
     assert schedule(110) == pytest.approx(0.1)
     assert all(schedule(step) > schedule(step + 1) for step in range(10, 109))
     assert WarmupCosine(1.0, 5, warmup=5)(4) == 1.0
+
+
+def test_a_mapping_changes_the_keys_that_it_names():
+    data = {"optim": {"lr": 1.0, "clip": 2.0}, "train": {"epochs": 3}, "signal": {"augment": {"erase": None}}}
+    changed = override(data, parse_assignments(["optim={lr: 0.5}", "train={steps: 7, seed: 1}"]))
+    assert changed["optim"] == {"lr": 0.5, "clip": 2.0}
+    assert changed["train"] == {"steps": 7, "seed": 1}
+    switched_on = override(data, {"signal.augment.erase.probability": 0.5})
+    assert switched_on["signal"] == {"augment": {"erase": {"probability": 0.5}}}
+    assert parse_assignments(["optim={lr: 1}"]) == {"optim.lr": 1}
+    with pytest.raises(UserError, match="not valid YAML"):
+        parse_assignments(["optim={lr: 1, lr: 2}"])

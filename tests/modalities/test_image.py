@@ -331,3 +331,23 @@ def test_tokenizer_follows_its_settings():
     assert tokenizer.target_kind == "raw"
     with pytest.raises(ValueError, match=r"size \[30, 64\] is not a multiple of patch size \[8, 16\]"):
         IMAGE.tokenizer(ImageSignal(size=(30, 64)), settings, dim=24)
+
+
+@pytest.mark.parametrize("value", [0, 9, 255])
+def test_an_orientation_that_does_not_exist_means_upright(tmp_path, value):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = value
+    path = tmp_path / "x.jpg"
+    noise(30, 60).save(path, exif=exif, quality=95)
+    assert decoded(path).size == (60, 30)
+    signal = ImageSignal(size=(16, 48), buckets=[[48, 16]])
+    assert IMAGE.bucket(str(path), signal) == 0
+
+
+def test_a_picture_that_a_person_opened_is_turned_upright_too(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "x.png"
+    noise(40, 60).save(path, exif=exif)
+    transform = IMAGE.eval_transform(ImageSignal(size=24))
+    assert torch.equal(transform(PIL.Image.open(path)), transform(decoded(path)))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from tasks.metrics import average_precision, average_precision_scores
+from tasks.metrics import Score, average_precision, average_precision_scores
 
 
 def made(n=120, classes=4, noise=1.0, seed=0):
@@ -59,6 +59,29 @@ def test_intervals_are_those_of_a_bootstrap_of_files():
     assert (per_class[0].low, per_class[0].high) == pytest.approx((low, high), abs=0.06)
     wide = average_precision_scores(*made(n=600, classes=2), resamples=200)[0]
     assert wide.high - wide.low < (mean.high - mean.low) / 2
+
+
+@pytest.mark.parametrize(("n", "classes", "decimals", "resamples"), [(40, 5, 0, 60), (40, 5, 8, 60), (40000, 1, 2, 30)])
+def test_a_resample_is_scored_as_the_files_it_holds(n, classes, decimals, resamples):
+    """The slow twin scores each resample by itself; with 40000 files the resamples come in more than one chunk."""
+    scores, target = made(n, classes)
+    target[:, 1:2] = 0
+    target[3:, 2:3] = 0  # few positives: many resamples have none
+    scores = scores.round(decimals=decimals)
+    mean, per_class = average_precision_scores(scores, target, seed=3, resamples=resamples)
+    found = np.full((resamples, classes), np.nan)
+    for r, counts in enumerate(np.random.default_rng(3).multinomial(n, np.full(n, 1 / n), size=resamples)):
+        for c in np.flatnonzero((counts[:, None] * target.numpy()).any(0)):
+            found[r, c] = average_precision_score(target[:, c], scores[:, c], sample_weight=counts)
+    assert (mean.low, mean.high) == pytest.approx(tuple(np.quantile(np.nanmean(found, 1), [0.025, 0.975])), abs=1e-12)
+    for c, one in enumerate(per_class):
+        bounds = [np.nan] * 2 if c == 1 else np.nanquantile(found[:, c], [0.025, 0.975])
+        assert (one.low, one.high) == pytest.approx(tuple(bounds), abs=1e-12, nan_ok=True)
+
+
+def test_what_is_not_defined_is_said_so():
+    assert str(Score(*[float("nan")] * 3)) == "not measured"
+    assert str(Score(0.5, 0.25, 0.75)) == "50.0% (25.0-75.0)"
 
 
 def test_what_cannot_be_measured_is_refused():

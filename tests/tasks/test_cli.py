@@ -1,6 +1,7 @@
 """The command line as a person meets it: results, JSON, exit codes, and one sentence for each mistake."""
 
 import json
+import shlex
 import shutil
 
 import pyarrow.parquet as pq
@@ -151,6 +152,9 @@ MISTAKES = {
     "pretrain image-mae-tiny --data {photos} --out {new} --split train": "split",
     "pretrain image-mae-tiny --data {photos} --out {new} train.stepz=1": "did you mean 'train.steps'?",
     "pretrain image-mae-tiny --data {photos} --out {new} train.steps=x": "train.steps",
+    "pretrain image-mae-tiny --data {photos} --out {new} train.patience=3": "which finetune alone has",
+    "pretrain image-mae-tiny --data {photos} --out {new} 'optim={lr: 1, lr: 2}'": "not valid YAML",
+    "pretrain image-mae-tiny --data {photos} --out {new} train.init_from={photo}": "is a .png file, but an encoder folder",
     "pretrain image-mae-tiny --data {photos} --out {new} train.init_from={photos}": "neither an encoder folder nor a run",
     "pretrain image-mae-tiny --data {photos} --out {new} train.engine=torch --deepspeed_config zero2": "one process",
     "pretrain image-mae-tiny --data {photos} --out {new} --deepspeed_config zer2": "zero2",
@@ -166,6 +170,11 @@ MISTAKES = {
     "finetune {run} --train {photos}/train --test {photos}/test --out {new} --shots 2 --labels 5%": "exclude each other",
     "finetune {run} --train {photos}/train --test {photos}/test --out {new} --scratch train.init_from={run}": "train.init_from cannot be set here",
     "finetune {run} --train {photos}/train --test {photos}/test --out {new} objective.classes=[a,b]": "objective.classes cannot be set here",
+    "finetune {run} --train {photos}/train --test {photos}/test --out {new} 'objective={classes: [a, b]}'": "objective.classes cannot be set here",
+    "finetune {run} --train {photos}/train --test {photos}/test --out {new} 'objective={name: mae}'": "objective.name cannot be set here",
+    "finetune {run} --train {photos}/train --test {photos}/test --out {new} --seeds 0,1 'train={seed: 3}'": "train.seed is what --seeds sets",
+    "finetune {run} --train {photos}/train --test {photos}/test --out {new} data.repeats=2 objective.mix.mixup=0.8": "data.repeats makes the same file",
+    "linear-probe {run} --train {photos}/train --test {photos}/test --protocol mae 'objective={name: mae}'": "objective.name cannot be set here",
     "finetune {run} --train {photos}/train --test {photos}/test --out {new} --shots 2 train.seed=-1": "train.seed",
     "knn {run} --train {photos}/train --test {photos}/test --temperature nan": "temperature",
     "knn {run} --train {photos}/train --test {photos}/test/../train": "in both the training and the test set",
@@ -192,7 +201,11 @@ def test_a_mistake_gets_one_sentence_and_exit_2(ask, run, photos, tmp_path, line
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no pictures")
     places = {"run": run, "photos": photos, "new": tmp_path / "new", "empty": tmp_path / "empty"}
-    code, out, err = ask(*line.format(**places).split())
+    places["photo"] = next(photos.rglob("*.png"))
+    words = line
+    for name, path in places.items():
+        words = words.replace(f"{{{name}}}", str(path))
+    code, out, err = ask(*shlex.split(words))
     assert code == 2, err
     assert MISTAKES[line] in err
     assert err.startswith("mmssl: ")

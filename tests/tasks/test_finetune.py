@@ -1,8 +1,8 @@
 """Fine-tuning as whole runs: what is kept, validation and early stopping, killing and resuming, seeds, protocols.
 
 Planted bugs that fail here: the last weights exported instead of the best, measurements forgotten on resume, the best
-weights of an unfinished stretch kept, a validation file trained on, the same labels for every seed, raw weights
-measured where there are averages.
+weights of an unfinished stretch kept, the best weights of an older checkpoint thrown away, a validation file trained
+on, the same labels for every seed, raw weights measured where there are averages.
 """
 
 import json
@@ -12,24 +12,26 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score
 
 import tasks.finetune as module
 from mmssl import checkpoint
 from mmssl.data.listing import list_files
+from mmssl.distributed import World
 from mmssl.engine.torch_engine import TorchEngine
-from mmssl.errors import UnusableData, UserError
+from mmssl.errors import NonFiniteLoss, UnusableData, UserError
 from mmssl.run import Run
 from modalities.classifier import Classifier
 from modalities.encoder import Encoder, EncoderConfig, typed
 from tasks.finetune import finetune, finetune_seeds
 from tasks.predict import predict
-from tasks.validation import Measure, Validator
+from tasks.validation import Measure, Validator, shared_features
 
 ROOT = Path(__file__).parents[2]
 FAST = {"data.workers": 0, "train.batch_size": 4, "train.steps": 4, "train.log_every": 1, "optim.base_lr": 0.1}
@@ -106,7 +108,8 @@ def test_the_best_step_is_told_everywhere(measured):
     assert facts["best_step"] == 6
     assert [one["step"] for one in facts["history"]] == [2, 4, 6, 8, 10]
     assert facts == json.loads((measured.run / "validation.json").read_text())
-    assert [path.name for path in (measured.run / "best").iterdir()] == ["step-00000006.safetensors"]
+    kept = sorted(path.name for path in (measured.run / "best").iterdir())
+    assert kept == [f"step-{step:08d}.safetensors" for step in (2, 4, 6)]  # all checkpoints are there
     assert "the weights are those of step 6, the best of 5 measurements" in (measured.run / "report.html").read_text()
 
 
@@ -149,6 +152,9 @@ def test_a_validation_file_is_never_trained_on_and_comes_from_the_labels_there_a
     trained, held = captured(encoder, *halves, "x", validation="20%")
     assert set(trained).isdisjoint(held)
     assert {*trained, *held} == every
+    twice = halves[0].select([*range(22), *range(22)])
+    trained, held = captured(encoder, twice, halves[1], "x", validation="20%")
+    assert set(trained).isdisjoint(held)
     few, held = captured(encoder, *halves, "x", validation="20%", shots=5)
     assert set(few).isdisjoint(held)
     assert (len(few), len(held)) == (8, 2)
@@ -210,7 +216,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(measured, encoder, halves, 
     assert resumed.validation == measured.validation
     assert resumed.measured == measured.measured
     for part in ("encoder", "objective", "best"):
-        assert_same(tensors(resumed.run / part), tensors(measured.run / part))
+        expected = tensors(measured.run / part)
+        expected = {
+            name: tensor for name, tensor in expected.items() if "step-00000002" not in name
+        }  # before the first
+        assert_same(tensors(resumed.run / part), expected)
     assert_same(stored(resumed.run, 10), stored(measured.run, 10))
     losses = [[line["loss"] for line in Run(result.run).metrics()] for result in (resumed, measured)]
     assert losses[0] == losses[1]
@@ -219,8 +229,68 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(measured, encoder, halves, 
 def test_resuming_with_another_validation_part_is_refused(encoder, halves, measured):
     train, test = halves
     for validation in (None, "40%"):
-        with pytest.raises(UserError, match=r"--resume: the (validation )?files are not those|needs files to measure"):
+        with pytest.raises(UserError, match=r"the files or their labels are not those|needs files to measure"):
             finetune(encoder, train, test, measured.run, validation=validation, overrides=MEASURED, resume=True)
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_one_with_other_best_weights(encoder, halves, tmp_path, monkeypatch):
+    monkeypatch.setitem(SCORES, 10, 0.9)
+    monkeypatch.setattr(Validator, "_measure", told)
+    settings = {"validation": "20%", "overrides": {**MEASURED, "checkpoint.keep": 2}}
+    straight = finetune(encoder, *halves, tmp_path / "straight", **settings)
+    names = sorted(path.name for path in (straight.run / "best").iterdir())
+    assert names == ["step-00000006.safetensors", "step-00000010.safetensors"]
+    shutil.copytree(straight.run, tmp_path / "run")
+    (shard,) = (tmp_path / "run" / "checkpoints" / "step-00000010").glob("shard*")
+    shard.write_bytes(b"junk")
+    resumed = finetune(encoder, *halves, tmp_path / "run", **settings, resume=True)
+    assert (resumed.validation, resumed.measured) == (straight.validation, straight.measured)
+    for part in ("encoder", "objective", "best"):
+        assert_same(tensors(resumed.run / part), tensors(straight.run / part))
+    assert_same(stored(resumed.run, 10), stored(straight.run, 10))
+    (tmp_path / "run" / "best" / "step-00000010.safetensors").unlink()
+    with pytest.raises(UserError, match=r"step-00000010.safetensors: the best weights so far are not readable"):
+        finetune(encoder, *halves, tmp_path / "run", **settings, resume=True)
+
+
+def test_resuming_with_other_labels_is_refused(encoder, tmp_path, halves, photos):
+    def rows(names):
+        paths = sorted((photos / "train").rglob("*.png"))
+        text = "\n".join(f"{path},{name}" for path, name in zip(paths, names, strict=True))
+        (tmp_path / "train.csv").write_text(f"path,label\n{text}\n")
+        return list_files(tmp_path / "train.csv", frozenset({".png"}), "image")
+
+    names = halves[0].labels()
+    overrides = {**FAST, "train.steps": 1}
+    finetune(encoder, rows(names), halves[1], tmp_path / "run", overrides=overrides)
+    finetune(encoder, rows(names), halves[1], tmp_path / "run", overrides=overrides, resume=True)
+    with pytest.raises(UserError, match="--resume: the files or their labels are not those that"):
+        finetune(encoder, rows(names[::-1]), halves[1], tmp_path / "run", overrides=overrides, resume=True)
+
+
+def test_a_number_is_better_than_none():
+    nothing, little = Measure(1, float("nan"), float("nan")), Measure(2, 0.0, 9.0)
+    assert little.beats(nothing)
+    assert not nothing.beats(little)
+    assert not nothing.beats(nothing)
+    assert Measure(3, 0.5, 0.1).beats(Measure(2, 0.5, 0.2))
+    assert Measure(3, 0.5, 0.1).beats(Measure(2, 0.5, float("nan")))
+
+
+def test_a_model_that_diverges_is_blamed_and_no_file(encoder, halves, tmp_path, monkeypatch):
+    result = finetune(encoder, *halves, tmp_path / "whole", overrides={**FAST, "train.steps": 1})
+    file = result.run / "encoder" / "classifier.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(NonFiniteLoss, match="scores of the test files are NaN or infinite: the training has diverged"):
+        module.measure(Run(result.run), halves[1], np.zeros(8, int), np.zeros(8, int))
+
+    def diverged(self):
+        self.copy.head.linear.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(Validator, "_fill", diverged)
+    with pytest.raises(NonFiniteLoss, match="at step 2 the scores of the validation files are NaN or infinite"):
+        finetune(encoder, *halves, tmp_path / "run", validation="20%", overrides=MEASURED)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
 # --- what is trained, and how -----------------------------------------------------------------------------------------
@@ -286,8 +356,10 @@ def test_several_seeds_give_mean_and_deviation_and_a_run_each(encoder, halves, t
     alone = finetune(encoder, *halves, tmp_path / "alone", shots=4, overrides={**FAST, "train.seed": 2})
     assert_same(tensors(tmp_path / "alone" / "encoder"), tensors(tmp_path / "runs" / "seed-2" / "encoder"))
     assert alone.scores == result.runs[2].scores
-    with pytest.raises(UserError, match="is not empty"):
-        finetune_seeds(encoder, *halves, tmp_path / "runs", [3, 4], **options)
+    for rank in ("0", "1"):  # every rank finds it, or the others would wait for those that do
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="is not empty"):
+            patch.setenv("RANK", rank)
+            finetune_seeds(encoder, *halves, tmp_path / "runs", [3, 4], **options)
     shutil.rmtree(tmp_path / "runs" / "seed-2")  # as if stopped before the third
     again = finetune_seeds(encoder, *halves, tmp_path / "runs", [0, 1, 2], resume=True, **options)
     assert again.as_dict() == result.as_dict()
@@ -343,6 +415,51 @@ def test_several_labels_per_file_are_scored_by_map(encoder, tagged, tmp_path):
         finetune(encoder, *tagged, tmp_path / "x", multi_label=True, shots=2)
 
 
+def test_a_class_that_no_test_file_has_is_not_measured_and_no_class_at_all_is_a_mistake(
+    encoder, tagged, tmp_path, monkeypatch
+):
+    train, test = tagged
+    few = test.select([i for i, cell in enumerate(test.columns["label"]) if "even" not in (cell or "")])
+    result = finetune(encoder, train, few, tmp_path / "run", multi_label=True, overrides=FAST)
+    assert result.as_dict()["per_class"]["even"] == {"average_precision": None, "test": 0}
+    assert "NaN" not in (tmp_path / "run" / "finetune.json").read_text()
+    monkeypatch.setattr(module, "fit", None)
+    bare = [i for i, cell in enumerate(train.columns["label"]) if cell is None][:3]
+    assert bare
+    none, rest = train.select(bare), train.select([i for i in range(len(train)) if i not in bare])
+    for halves, validation, what in (((rest, none), None, "test"), ((rest, test), none, "validation")):
+        with pytest.raises(UserError, match=f"none of the {len(bare)} {what} files has a label"):
+            finetune(encoder, *halves, tmp_path / "x", validation=validation, multi_label=True, overrides=FAST)
+
+
+def test_ranks_leave_out_what_one_process_leaves_out(encoder, halves, tmp_path):
+    """Planted bug that fails here: a rank gives up because all files of its share are broken."""
+    for i, path in enumerate(halves[1].paths[:5]):
+        (tmp_path / f"{i}.png").write_bytes(b"" if i % 2 else Path(path).read_bytes())
+    files = list_files(tmp_path, frozenset({".png"}), "image")
+
+    def asked(files):
+        said = []
+
+        def alone(value):
+            said.append(value)
+            raise InterruptedError
+
+        for rank in (0, 1):
+            with pytest.raises(InterruptedError):
+                shared_features(encoder, files, True, World(rank, 2), SimpleNamespace(gather=alone))
+        return shared_features(encoder, files, True, World(0, 2), SimpleNamespace(gather=lambda _: said))
+
+    one, two = shared_features(encoder, files, True), asked(files)
+    assert two.kept == one.kept == [0, 2, 4]
+    assert two.skipped == one.skipped == [("1.png", "empty file"), ("3.png", "empty file")]
+    assert torch.equal(one.vectors, two.vectors)
+    with pytest.raises(UnusableData, match=r"none of the 2 files can be read; the first is 1\.png: empty file"):
+        asked(files.select([1, 3]))
+    with pytest.raises(UnusableData, match=r"1\.png: empty file"):
+        shared_features(encoder, files, False)
+
+
 def test_a_broken_validation_file_stops_the_run_by_name_or_is_left_out(encoder, halves, tmp_path):
     train, _ = halves
     folder = tmp_path / "validation" / "along"
@@ -352,7 +469,7 @@ def test_a_broken_validation_file_stops_the_run_by_name_or_is_left_out(encoder, 
     validation = list_files(tmp_path / "validation", frozenset({".png"}), "image")
     with pytest.raises(UnusableData, match=r"bad\.png: empty file"):
         finetune(encoder, *halves, tmp_path / "a", validation=validation, overrides=FAST)
-    assert json.loads((tmp_path / "a" / "status.json").read_text())["state"] == "failed"
+    assert not (tmp_path / "a").exists()
     done = finetune(encoder, *halves, tmp_path / "b", validation=validation, skip_broken=True, overrides=FAST)
     assert done.validation["best_step"] is not None
 

@@ -9,6 +9,7 @@ from tasks.labels import (
     balanced_weights,
     blind_score,
     check_disjoint,
+    check_positive,
     file_targets,
     held_out,
     label_sets,
@@ -19,6 +20,11 @@ from tasks.labels import (
 TARGETS = np.array([0] * 40 + [1] * 20 + [2] * 4)
 SEVERAL = (np.random.default_rng(0).random((60, 5)) < [0.5, 0.3, 0.1, 0.05, 0.0]).astype(np.float32)
 SEVERAL[7, 4] = 1  # one file alone has the last class
+
+
+def held(targets, part, seed):
+    """Hold out of files that are all different."""
+    return held_out(targets, part, seed, [f"{i}.png" for i in range(len(targets))])
 
 
 def counts(indices):
@@ -52,21 +58,49 @@ def test_a_part_of_files_with_several_labels_keeps_every_class():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_validation_part_is_stratified_and_leaves_something_of_each_class(seed):
-    held = held_out(TARGETS, "10%", seed)
-    assert counts(held) == [4, 2, 1]
-    assert held == held_out(TARGETS, "10%", seed)
-    assert counts(held_out(TARGETS, "100%", seed)) == [39, 19, 3]
+    part = held(TARGETS, "10%", seed)
+    assert counts(part) == [4, 2, 1]
+    assert part == held(TARGETS, "10%", seed)
+    assert counts(held(TARGETS, "100%", seed)) == [39, 19, 3]
     single = np.array([0, 1, 1])
-    assert held_out(single, "50%", seed) in ([1], [2])
-    held = held_out(SEVERAL, "50%", seed)
-    assert len(held) == 30
-    assert np.delete(SEVERAL, held, axis=0).any(0).all()
+    assert held(single, "50%", seed) in ([1], [2])
+    part = held(SEVERAL, "50%", seed)
+    assert len(part) == 30
+    assert np.delete(SEVERAL, part, axis=0).any(0).all()
+
+
+@pytest.mark.parametrize("targets", [TARGETS, SEVERAL])
+def test_all_rows_of_a_file_are_on_one_side_whatever_they_are_called(tmp_path, targets):
+    """Planted bug that fails here: a copy of a validation file trained on."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    once = [str(tmp_path / f"{i}.png") for i in range(len(targets))]
+    paths = [*once, *once, *(str(tmp_path / "link" / f"{i}.png") for i in range(len(targets)))]
+    for seed in range(3):
+        part = held_out(np.concatenate([targets] * 3), "20%", seed, paths)
+        files = [{row % len(targets) for row in rows} for rows in (part, set(range(len(paths))) - set(part))]
+        assert files[0].isdisjoint(files[1])
+        assert len(part) == 3 * len(files[0])
+        assert sorted(files[0]) == held(targets, "20%", seed)
+
+
+def test_rows_that_contradict_each_other_are_not_held_out_and_cost_no_class_its_last_file():
+    targets, paths = np.array([0, 1, 0, 0, 2, 2, 2]), ["a", "a", "b", "c", "d", "d", "e"]
+    for seed in range(10):
+        part = held_out(targets, "99%", seed, paths)
+        assert {0, 1}.isdisjoint(part)
+        assert set(np.delete(targets, part)) == {0, 1, 2}
+        assert (4 in part) == (5 in part)
+    with pytest.raises(UserError, match="too few"):
+        held_out(targets[:2], "50%", 0, paths[:2])
+    several = np.eye(3, dtype=np.float32)[[0, 1, 2, 1, 2]]
+    for seed in range(10):  # the file of the first two rows has the first class alone
+        assert {0, 1}.isdisjoint(held_out(several, "25%", seed, ["a", "a", "b", "c", "d"]))
 
 
 def test_nothing_to_hold_out_is_said():
     for targets in (np.array([0, 1, 2]), np.ones((1, 2), np.float32)):
         with pytest.raises(UserError, match="too few training files"):
-            held_out(targets, "10%", 0)
+            held(targets, "10%", 0)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +166,9 @@ def test_mistakes_in_labels_are_one_sentence(manifest, photos):
         file_targets(train, train, "tags", "|")
     with pytest.raises(UserError, match="are in the pantry"):
         check_disjoint(train, train, "the pantry")
+    with pytest.raises(UserError, match="none of the 2 test files has a label, and mAP needs"):
+        check_positive(np.zeros((2, 2), np.float32), train, "test files")
+    check_positive(np.array([0, 0]), train, "test files")
     with pytest.raises(UserError, match="at least two classes"):
         file_targets(manifest("e", "cat", "cat"), manifest("f", "cat"), "tags", "|")
     with pytest.raises(UserError, match="no 'tag' column; did you mean 'tags'"):

@@ -33,7 +33,10 @@ def starts(name: str) -> dict[str, list[str]]:
     """Return the settings of pre-training a set, and of a run that leaves the weights as they are drawn."""
     shared = [*GREY, *SIGNAL[name], *PRETRAIN]
     # One step at a learning rate of nothing: random weights in a run folder like any other.
-    return {"pre-trained": [*shared, f"train.steps={STEPS[name]}"], "random": [*shared, "train.steps=1", "optim.lr=1e-12"]}
+    return {
+        "pre-trained": [*shared, f"train.steps={STEPS[name]}"],
+        "random": [*shared, "train.steps=1", "optim.lr=1e-12"],
+    }
 
 
 class Commands:

@@ -92,12 +92,12 @@ class Council:
         return values
 
     def lead(self, me: World, action: Callable[[], None]) -> None:
-        """Do something on rank 0 alone; an MmsslError that it raises there is raised on every rank."""
-        problem = None
+        """Do something on rank 0 alone; what fails there (MmsslError, OSError) is raised on every rank."""
+        problem: Exception | None = None
         if me.is_main:
             try:
                 action()
-            except MmsslError as error:
+            except (MmsslError, OSError) as error:
                 problem = error
         if (problem := self.gather(problem)[0]) is not None:
             raise problem

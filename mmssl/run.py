@@ -8,7 +8,7 @@ from typing import Any, Literal, TextIO
 import yaml
 
 from mmssl.errors import UserError
-from mmssl.files import replacing_file, write_json
+from mmssl.files import replacing_file, to_json, write_json
 
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -78,10 +78,10 @@ class Run:
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(to_json(record) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop the metrics after ``step``: a resumed run will write them again."""
         kept = [record for record in self.metrics() if record["step"] <= step]
         with replacing_file(self.metrics_file) as aside:
-            aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            aside.write_text("".join(to_json(record) + "\n" for record in kept), encoding="utf-8")

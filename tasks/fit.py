@@ -67,11 +67,13 @@ def fit(
     validator = None if validation is None else make_validator(validation, recipe, objective, run, len(listing))
     device = default_device() if ds is None else join(me)
     council = Council(me.size)
+    if validator is not None:
+        validator.check(me, council)
     council.lead(me, lambda: occupy(run, recipe, resume))
     engine = build_engine(recipe, objective, device, ds)
     if validator is not None:
         validator.attach(engine, me, council, say)
-    writer = Writer(run, recipe, listing, engine, me, council, validator)
+    writer = Writer(run, recipe, listing, engine, me, council, validator, targets)
     start = writer.resume() if resume else 0
     try:
         if start < writer.steps and not (validator is not None and validator.enough):

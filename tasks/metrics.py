@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,12 +58,17 @@ def classification_scores(
     return result
 
 
-def accuracy(correct: Tensor, seed: int = 0, resamples: int = 1000, confidence: float = 0.95) -> Score:
-    """Return the share of True in ``correct`` (bool [n]), with the same interval as ``classification_scores``."""
+def accuracy(correct: Tensor, confidence: float = 0.95) -> Score:
+    """Return the share of True in ``correct`` (bool [n]) with Wilson's score interval.
+
+    (Wilson, J. Am. Stat. Assoc. 22, 1927.) A bootstrap would give 0 of 18 an interval of no width.
+    """
     if correct.ndim != 1 or not len(correct):
         raise ValueError(f"correct must be a non-empty vector, but has shape {[*correct.shape]}")
-    hits = int(correct.sum())
-    return _bootstrap(np.array([[len(correct) - hits, 0, hits]]), seed, resamples, confidence)["top1"]
+    n, share, z = len(correct), float(correct.double().mean()), NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Score(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def average_precision(scores: Tensor, target: Tensor) -> Tensor:

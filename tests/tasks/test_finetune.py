@@ -432,6 +432,21 @@ def test_a_class_that_no_test_file_has_is_not_measured_and_no_class_at_all_is_a_
             finetune(encoder, *halves, tmp_path / "x", validation=validation, multi_label=True, overrides=FAST)
 
 
+def test_labels_of_broken_files_are_no_labels(encoder, tagged, tmp_path):
+    train, test = tagged
+    (tmp_path / "bad.png").write_bytes(b"")
+    bare = train.columns["label"].index(None)
+    (tmp_path / "few.csv").write_text(f"path,label\nbad.png,even\n{train.paths[bare]},\n")
+    few = list_files(tmp_path / "few.csv", frozenset({".png"}), "image")
+    train = train.select([i for i in range(len(train)) if i != bare])
+    options = {"multi_label": True, "skip_broken": True, "overrides": {**FAST, "train.steps": 1}}
+    with pytest.raises(UserError, match="none of the 1 validation files that can be read has a label"):
+        finetune(encoder, train, test, tmp_path / "x", validation=few, **options)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(UserError, match="none of the 1 test files that can be read has a label"):
+        finetune(encoder, train, few, tmp_path / "x", **options)
+
+
 def test_ranks_leave_out_what_one_process_leaves_out(encoder, halves, tmp_path):
     """Planted bug that fails here: a rank gives up because all files of its share are broken."""
     for i, path in enumerate(halves[1].paths[:5]):

@@ -50,8 +50,15 @@ def test_intervals_equal_those_of_resampled_samples(guesses):
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    scores = [accuracy(torch.from_numpy(rng.random(150) < 0.7), seed=i, resamples=400) for i in range(300)]
+    scores = [accuracy(torch.from_numpy(rng.random(150) < 0.7)) for _ in range(300)]
     assert 0.91 < np.mean([score.low <= 0.7 <= score.high for score in scores]) < 0.98
+
+
+def test_none_or_all_of_a_few_still_has_an_interval():
+    """Wilson's for 0 of 18 ends at z^2 / (n + z^2)."""
+    none, every = accuracy(torch.zeros(18, dtype=torch.bool)), accuracy(torch.ones(18, dtype=torch.bool))
+    assert none == pytest.approx((0.0, 0.0, 1.959964**2 / (18 + 1.959964**2)), abs=1e-6)
+    assert every == pytest.approx((1.0, 1 - none.high, 1.0))
 
 
 def test_narrower_confidence_is_a_narrower_interval():
@@ -63,7 +70,7 @@ def test_narrower_confidence_is_a_narrower_interval():
 def test_accuracy_is_the_top1_of_the_same_answers(guesses):
     scores, target = guesses
     top1 = classification_scores(scores, target, resamples=4000)["top1"]
-    got = accuracy(scores.argmax(1) == target, resamples=4000)
+    got = accuracy(scores.argmax(1) == target)
     assert got.value == pytest.approx(top1.value)
     assert (got.low, got.high) == pytest.approx((top1.low, top1.high), abs=0.01)
 

@@ -91,9 +91,7 @@ def test_what_was_changed_is_in_the_title(tiny_encoder):
     assert title({}) == title({"optim.base_lr": 0.1, "data.workers": 0, "train.seed": 3}) == "mae"
     assert title({"train.epochs": 5}) == "mae, but train.epochs=5"
     assert title({"train.steps": 5}) == "mae, but train.steps=5"
-    assert title({"objective.head": {"pool": "mean"}}) == (
-        "mae, but objective.head.pool=mean, objective.head.batch_norm=False"
-    )
+    assert title({"objective.head": {"pool": "mean"}}) == "mae, but objective.head.pool=mean"
 
 
 def test_settings_of_pretraining_do_not_reach_the_probe(tiny_encoder):

@@ -135,13 +135,13 @@ def measure_memory(recipe: Recipe, objective: nn.Module, samples: int) -> Footpr
     return max(feet, key=lambda foot: foot.batch + foot.peak())
 
 
-def synthetic(objective: nn.Module, size: Size) -> Batch:
-    """Return a batch of one sample of ``size`` for an objective, whose signal has a shape and nothing else."""
+def synthetic(objective: nn.Module, size: Size, device: str = "meta") -> Batch:
+    """Return a batch of one sample of ``size`` for an objective; on "meta" its signal has a shape and nothing else."""
     viewed = as_objective(objective)
     tokenizer = next(iter(viewed.encoders().values())).tokenizer
     grid = tokenizer.grid_of(size)
     blank = tokenizer.unpatch(torch.empty(1, prod(grid), tokenizer.patch_dim, device="meta"), grid)
-    return sample_batch(tuple(blank.shape[1:]), viewed.draw(), grid, "meta")
+    return sample_batch(tuple(blank.shape[1:]), viewed.draw(), grid, device)
 
 
 def as_objective(module: nn.Module) -> Objective:

@@ -81,7 +81,7 @@ def test_fake_tensors_take_what_real_ones_do(settings):
     accumulate, bf16 = recipe.train.accumulate, recipe.train.precision == "bf16"
     foot = measure_memory(recipe, sketch_objective(recipe), 6)
     objective = build_objective(recipe)
-    batch = {name: torch.cat([value] * 6) for name, value in synthetic(objective, recipe.signal.size).items()}
+    batch = {name: torch.cat([value] * 6) for name, value in synthetic(objective, recipe.signal.size, "cpu").items()}
     state = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
     real = trace(objective, state, batch, accumulate, bf16)
     assert foot.timeline == tuple(real.timeline)
@@ -115,7 +115,7 @@ def test_activations_are_what_autograd_saves(checkpointing, precision):
     settings = {"model.backbone.checkpointing": checkpointing, "train.precision": precision}
     recipe = load_recipe("image-mae-tiny", settings)
     objective = build_objective(recipe)
-    batch = {name: torch.cat([value] * 64) for name, value in synthetic(objective, recipe.signal.size).items()}
+    batch = {name: torch.cat([value] * 64) for name, value in synthetic(objective, recipe.signal.size, "cpu").items()}
     foot = measure_memory(recipe, objective, 64)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         saved = saved_bytes(objective, batch)
@@ -147,7 +147,7 @@ def test_of_several_sizes_the_greatest_counts_and_tables_stay_real():
     assert both.activations > 1.5 * measure_memory(plain, sketch_objective(plain), 64).activations
     # The table of positions of the other size is cached; what was planned with must not be in that cache.
     objective = build_objective(recipe)
-    assert torch.isfinite(objective(synthetic(objective, (64, 32))).loss)
+    assert torch.isfinite(objective(synthetic(objective, (64, 32), "cpu")).loss)
 
 
 FOOT = Footprint(weights=1000, gradients=800, batch=10, activations=500, timeline=((0, 500), (400, 600), (800, 50)))

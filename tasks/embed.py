@@ -56,7 +56,7 @@ def embed(encoder: Extractor, listing: Listing, out: Path | str, **options: Unpa
     columns = {
         "path": pa.array(_names(files), pa.string()),
         "split": pa.array(files.columns.get("split", nothing), pa.string()),
-        "label": pa.array(_labels(listing, kept), pa.string()),
+        "label": pa.array(labels_of(listing, kept), pa.string()),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(features.vectors.numpy().ravel()), dim),
     }
     with replacing_file(out) as aside:
@@ -64,7 +64,8 @@ def embed(encoder: Extractor, listing: Listing, out: Path | str, **options: Unpa
     return EmbedResult(out, len(kept), dim, fingerprint, features.skipped)
 
 
-def _labels(listing: Listing, kept: list[int]) -> list[str | None]:
+def labels_of(listing: Listing, kept: list[int]) -> list[str | None]:
+    """Return the labels of the files at ``kept``, None where there are none."""
     # Labels are welcome here, not needed: a manifest's may have gaps, and a folder may have no sub-folders at all.
     labels: list[str | None]
     if listing.rows:

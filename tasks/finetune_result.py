@@ -129,7 +129,7 @@ class FinetuneResult:
             history = self.validation["history"]
             series = ([one["step"] for one in history], [one["score"] for one in history])
             words, name = validation_words(self.validation), self.validation["metric"]
-            sections.append(Curve("Validation", "step", name, {"validation": series}, words))
+            sections.append(Curve("Validation", "step", name, {"validation": series}, words, percent=True))
         sections.append(Words("Protocol", str(self.protocol)))
         what = "files with labels" if self.measured.multi_label else "labels"
         subtitle = f"{self.samples.train} {what} of {len(self.samples.classes)} classes, {self.start}"

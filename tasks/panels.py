@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from mmssl.data.guard import BrokenFile, guarded
 from mmssl.errors import UnusableData
 from mmssl.files import replacing_file
 from modalities.encoder import DECODE_TIMEOUT, MODALITIES, EncoderConfig
-from tasks.report import Picture, Pictures, write_report
+from tasks.report import Picture, Strip, write_report
 
 WIDTH = 1800
 """Pixels that a page may be wide before pictures shrink and blocks go to the next line."""
@@ -50,7 +51,8 @@ class Line:
     """Pictures side by side, and what they have in common (may be empty)."""
 
     label: str
-    shots: Sequence[Shot]
+    shots: Sequence[Shot | None]
+    """None leaves its place free."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,15 @@ def write_panel(path: Path, panel: Panel) -> None:
         with replacing_file(path) as aside:
             Image.fromarray(draw(panel)).save(aside, "PNG")
         return
-    sections = []
-    for block in panel.blocks:
-        for line in block.lines:
-            captions = [shot.caption.replace("\n", ", ") for shot in line.shots]
-            sections.append(Pictures(block.name, line.label, captions, [[shot.picture for shot in line.shots]]))
-    write_report(path, panel.title, panel.note, sections)
+    write_report(path, panel.title, panel.note, [_strip(block) for block in panel.blocks])
+
+
+def _strip(block: Block) -> Strip:
+    """Return a block with the shots of its lines, where there are several, below each other."""
+    columns = zip_longest(*(line.shots for line in block.lines))
+    stacks = [[(shot.caption, shot.picture) for shot in column if shot is not None] for column in columns]
+    note = ", below: ".join(line.label for line in block.lines if line.label)
+    return Strip(block.name, note[:1].upper() + note[1:], stacks)
 
 
 # Files
@@ -138,11 +143,8 @@ NAME, LABEL, CAPTION = Style(9.5, 22, INK, "bold"), Style(8.5, 18, SOFT), Style(
 def draw(panel: Panel) -> Picture:
     """Return a panel as one picture, the same pixels for the same panel."""
     side = panel.side or min(LARGEST, max(SMALLEST, (WIDTH - 2 * MARGIN) // _columns(panel) - GAP))
-    fitted = [
-        [[(shot.caption, fit(shot.picture, side)) for shot in line.shots] for line in block.lines]
-        for block in panel.blocks
-    ]
-    layout = _layout(panel, [picture for block in fitted for line in block for _, picture in line])
+    fitted = [[[_fitted(shot, side) for shot in line.shots] for line in block.lines] for block in panel.blocks]
+    layout = _layout(panel, [shot.picture for block in fitted for line in block for shot in line if shot is not None])
     note = wrap(panel.note, layout.width - 2 * MARGIN, NOTE)
     top = MARGIN + TITLE.leading + len(note) * NOTE.leading + BETWEEN // 2
     rows = -(-len(panel.blocks) // layout.across)
@@ -155,6 +157,10 @@ def draw(panel: Panel) -> Picture:
         y, x = top + row * (layout.block[0] + BETWEEN), MARGIN + column * (layout.block[1] + BETWEEN)
         _draw_block(page, block, lines, layout, y, x)
     return page.render()
+
+
+def _fitted(shot: Shot | None, side: int) -> Shot | None:
+    return None if shot is None else Shot(shot.caption, fit(shot.picture, side))
 
 
 def _columns(panel: Panel) -> int:
@@ -178,12 +184,12 @@ def _layout(panel: Panel, pictures: Sequence[Picture]) -> Layout:
 
 def _words(line: Line) -> int:
     """Return the height of what is written above the pictures of a line."""
-    rows = max(shot.caption.count("\n") + 1 if shot.caption else 0 for shot in line.shots)
+    rows = max(shot.caption.count("\n") + 1 if shot is not None and shot.caption else 0 for shot in line.shots)
     return LABEL.leading * bool(line.label) + CAPTION.leading * rows
 
 
 def _draw_block(
-    page: "Page", block: Block, lines: Sequence[Sequence[tuple[str, Picture]]], layout: Layout, y: int, x: int
+    page: "Page", block: Block, lines: Sequence[Sequence[Shot | None]], layout: Layout, y: int, x: int
 ) -> None:
     width = layout.block[1]
     if block.name:
@@ -192,11 +198,13 @@ def _draw_block(
     for line, shots in zip(block.lines, lines, strict=True):
         page.write(y, x, line.label, LABEL, width)
         y += _words(line)
-        for i, (caption, picture) in enumerate(shots):
+        for i, shot in enumerate(shots):
+            if shot is None:
+                continue
             left = x + i * (layout.cell[1] + GAP)
-            for j, words in enumerate(reversed(caption.split("\n")), start=1):
+            for j, words in enumerate(reversed(shot.caption.split("\n")), start=1):
                 page.write(y - j * CAPTION.leading, left, words, CAPTION, layout.cell[1])
-            page.paste(y, left, picture)
+            page.paste(y, left, shot.picture)
         y += layout.cell[0] + BETWEEN // 2
 
 

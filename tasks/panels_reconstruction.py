@@ -54,5 +54,5 @@ def reconstruction_panel(
             shots.append(Shot("reconstruction", predicted))
         blocks.append(Block(name, [Line("", shots)]))
     words = " / ".join(f"{100 * ratio:g}" for ratio in ratios)
-    note = f"{recipe.objective.name} saw only what the masked pictures show.{target_note(recipe)}"
+    note = f"{recipe.objective.name.upper()} saw only what the masked pictures show.{target_note(recipe)}"
     return Panel(f"Reconstructions at {words} % masked", note, blocks)

@@ -3,6 +3,7 @@
 Shape legend: B samples, N tokens, D width, H heads.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -62,22 +63,23 @@ def attention_to_patches(encoder: Encoder, signal: Tensor) -> tuple[Tensor, Grid
 
 def attention_panel(encoder: Encoder, names: Sequence[str], signals: Sequence[Tensor], mass: float) -> Panel:
     """Return each head's attention and the patches that hold the share ``mass`` of it, one block per signal."""
-    who = "class token" if encoder.num_prefix else "mean over all tokens (there is no class token)"
+    whose = "the class token" if encoder.num_prefix else "all tokens on average (there is no class token)"
     share = f"{100 * mass:g} %"
     blocks = []
     for name, signal in zip(names, signals, strict=True):
         weights, grid = attention_to_patches(encoder, signal)
         _finite(weights, name)
         picture = pixels_of(encoder, signal)
-        heat, kept = [Shot("input", picture)], [Shot("input", picture)]
+        heat: list[Shot | None] = [Shot("input", picture)]
+        kept: list[Shot | None] = [None]  # once is enough
         for head, (row, mask) in enumerate(zip(weights, heaviest(weights, mass), strict=True), start=1):
             heat.append(Shot(f"head {head}", _heat(row.numpy(), grid, picture)))
             lit = spread(mask.numpy(), grid, picture)[..., None]
-            kept.append(Shot(f"head {head}\n{int(mask.sum())} of {len(mask)}", np.where(lit, picture, picture // 5)))
+            kept.append(Shot(f"{int(mask.sum())} of {len(mask)}", np.where(lit, picture, picture // 5)))
         lines = [Line("attention", heat), Line(f"patches with {share} of it", kept)]
         blocks.append(Block(name, lines))
     note = (
-        f"Who looks: {who}. Each map goes from 0 (dark) to its head's largest weight (bright). Below it, lit, the "
+        f"Attention of {whose}. Each map goes from 0 (dark) to its head's largest weight (bright). Below it, lit, the "
         f"fewest patches that together hold {share} of the head's attention to patches."
     )
     return Panel("Attention of the last block, by head", note, blocks)
@@ -111,10 +113,12 @@ def pca_panel(
     colours, shares = component_colours(joint, shown)
     ends = np.cumsum([len(tokens[i]) for i in order])
     parts = dict(zip(order, np.split(colours, ends[:-1]), strict=True))
+    sides = dict(zip(order, map(_one_side, np.split(shown, ends[:-1])), strict=True)) if foreground else {}
     blocks = []
     for i, (name, signal) in enumerate(zip(names, signals, strict=True)):
         picture = pixels_of(encoder, signal)
-        shots = [Shot("input", picture), Shot("components 1-3", spread(parts[i], grids[i], picture))]
+        side = f"\nall {sides[i]}" if sides.get(i) else ""
+        shots = [Shot("input", picture), Shot(f"components 1-3{side}", spread(parts[i], grids[i], picture))]
         blocks.append(Block(name, [Line("", shots)]))
     facts: dict[str, Any] = {"explained": shares.tolist()}
     note = f"One basis for all files: equal colours mean alike tokens. {_explained(shares)}"
@@ -123,8 +127,24 @@ def pca_panel(
         note += (
             f" Black: background, the side of the first component that is commoner along the border "
             f"({100 * (1 - shown.mean()):.0f} % of the patches); the components are of the rest alone."
-        )
+        ) + _undivided([name for name in sides.values() if name], len(signals))
     return Panel("Principal components of the patch tokens", note, blocks), facts
+
+
+def _one_side(shown: Bools) -> str:
+    """Return what all patches of one picture are, shown [N] or not; "" for a picture with both."""
+    return "foreground" if shown.all() else "" if shown.any() else "background"
+
+
+def _undivided(sides: Sequence[str], files: int) -> str:
+    """Return a warning of pictures whose patches all lie on one side of the first component; nothing for none."""
+    if not sides:
+        return ""
+    counts = " and ".join(f"{n} all {side}" for side, n in sorted(Counter(sides).items()))
+    return (
+        f" Of {files} pictures, {counts}: the first component divides the pictures rather than the things in them "
+        "from what is behind; try more or other files."
+    )
 
 
 def _explained(shares: Floats) -> str:

@@ -2,32 +2,45 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path as MarkerPath
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from mmssl.errors import UnusableData, UserError, nearest
 from tasks.panels import DPI, INK, SOFT, Block, Line, Panel, Shot, legible, rasterize
 
-HUES = {9: ("tab10", (7,)), 18: ("tab20", (14, 15))}
-"""Up to so many groups: matplotlib's palette, and the places of its greys, which mean other things here."""
-COLOURS = max(HUES)
-"""As many groups are told apart by colour; the smaller ones beyond share a grey."""
+HUES = (
+    "#0092ff", "#ff5b00", "#009224", "#c82492", "#6d37db", "#002492", "#00ed6d", "#ff80ff", "#6d005b", "#494900",
+)  # fmt: skip
+"""Far apart from each other and from the greys, also for those who confuse red and green, at the size of a point."""
+MARKERS = "o^s"
+"""Groups beyond the hues have these again, as another shape."""
+SHOWN = len(HUES) * len(MARKERS)
+"""As many groups are told apart; the smaller ones beyond share a grey."""
 FEWEST = 4
 """A map of fewer points shows nothing."""
 PERPLEXITY = 30.0
 MAP, LEGEND, ENTRY = 9.0, 3.0, 0.3
 """Width of the map and of the legend beside it, and height of a legend's entry, in inches of ``DPI`` pixels."""
 OTHERS, UNLABELLED = "#9aa3ad", "#d4d8dd"
+
+
+class Entry(NamedTuple):
+    """How a group is drawn and what the legend says of it."""
+
+    words: str
+    colour: str
+    marker: str = MARKERS[0]
 
 
 def tsne_panel(path: Path, color_by: str, most: int, seed: int) -> tuple[Panel, dict[str, Any]]:
@@ -97,33 +110,39 @@ def _scatter(places: np.ndarray[Any, Any], groups: Sequence[str | None]) -> Figu
     axes.set_axis_off()
     size = float(np.clip(20000 / len(places), 6, 60))
     # In the order of the file, not of the groups: no group lies on top of all others.
-    colours = [legend[group][1] for group in groups]
-    axes.scatter(places[:, 0], places[:, 1], s=size, c=colours, linewidths=0, alpha=0.8)
+    drawn = [legend[group] for group in groups]
+    colours = [entry.colour for entry in drawn]
+    points = axes.scatter(places[:, 0], places[:, 1], s=size, c=colours, linewidths=0, alpha=0.8)
+    points.set_paths([_outline(entry.marker) for entry in drawn])
     _draw_legend(figure.add_axes((MAP / width, 0, LEGEND / width, 1), xlim=(0, LEGEND), ylim=(height, 0)), entries)
     return figure
 
 
-def _draw_legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
+def _outline(marker: str) -> MarkerPath:
+    style = MarkerStyle(marker)
+    return style.get_path().transformed(style.get_transform())
+
+
+def _draw_legend(axes: Axes, entries: Sequence[Entry]) -> None:
     axes.set_axis_off()
-    for i, (words, colour) in enumerate(entries, start=1):
-        axes.scatter([0.15], [ENTRY * i], s=60, c=[colour], linewidths=0)
+    for i, (words, colour, marker) in enumerate(entries, start=1):
+        axes.scatter([0.15], [ENTRY * i], s=60, c=[colour], marker=marker, linewidths=0)
         ink = SOFT if colour in (OTHERS, UNLABELLED) else INK
         axes.text(0.3, ENTRY * i, words, va="center", size=9, color=ink, parse_math=False)
 
 
-def _legend(groups: Sequence[str | None]) -> dict[str | None, tuple[str, str]]:
-    """Return for each group the words of its entry and its colour; entries are in the order of the words."""
+def _legend(groups: Sequence[str | None]) -> dict[str | None, Entry]:
+    """Return each group's entry of the legend, in the order of their words."""
     counts = Counter(group for group in groups if group is not None)
-    common = sorted(sorted(counts, key=lambda group: (-counts[group], group))[:COLOURS])
-    palette, greys = next(choice for most, choice in HUES.items() if len(common) <= most)
-    hues = [to_hex(colormaps[palette](i)) for i in range(colormaps[palette].N) if i not in greys]
-    legend: dict[str | None, tuple[str, str]] = {}
-    for group, hue in zip(common, hues, strict=False):
+    common = sorted(sorted(counts, key=lambda group: (-counts[group], group))[:SHOWN])
+    legend: dict[str | None, Entry] = {}
+    for group, (marker, hue) in zip(common, product(MARKERS, HUES), strict=False):
         name = legible(group)
-        legend[group] = (f"{name if len(name) <= 24 else name[:23] + '…'}  {counts[group]:,}", hue)
+        words = f"{name if len(name) <= 24 else name[:23] + '…'}  {counts[group]:,}"
+        legend[group] = Entry(words, hue, marker)
     rest = set(counts) - set(common)
     words = f"{len(rest)} more  {sum(counts[group] for group in rest):,}"
-    legend |= dict.fromkeys(sorted(rest), (words, OTHERS))
+    legend |= dict.fromkeys(sorted(rest), Entry(words, OTHERS))
     if None in groups:
-        legend[None] = (f"none  {sum(group is None for group in groups):,}", UNLABELLED)
+        legend[None] = Entry(f"none  {sum(group is None for group in groups):,}", UNLABELLED)
     return legend

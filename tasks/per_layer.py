@@ -85,7 +85,7 @@ class PerLayerResult:
         ]
         note = f"On {self.layers[-1].samples.test} test files, with 95 % bootstrap intervals."
         sections: list[Section] = [
-            Curve("Accuracy by layer", "layer", "accuracy", series),
+            Curve("Accuracy by layer", "layer", "accuracy", series, percent=True),
             Table("Scores", note, ["layer", *series], rows),
             Words("Protocol", "\n\n".join(self._lines())),
         ]

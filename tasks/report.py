@@ -12,40 +12,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from tasks.metrics import Score
+from tasks.report_curve import Series, plot
 
 Picture: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
-Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
-BUCKETS = 300
-"""A longer series keeps the lowest and the highest value of each of so many buckets: about 600 points."""
-HUES = 6
-"""How many line colours the page has."""
-MOST_TICKS = 7
-"""An axis has at most about so many steps between its ticks."""
-BOUNDLESS = 1e300
-"""From here on a value counts as infinite: the length of an axis must be finite too."""
 CRISP_BELOW = 128
 """Pictures with a shorter side, in pixels, are enlarged without smoothing."""
+TAIL = 8
+"""So many letters at the end of a caption's line stay when it is shortened."""
+MOST_ROOMY = 2
+"""So many scores in a row of a table have their bar on the line of their figures."""
+MOST_BESIDE = 6
+"""So many pictures stand beside the heading of their section; more take the whole width of the page."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Lines over a shared pair of axes; ``series`` maps a name to its (x, y) values, equally many of each."""
+    """Lines over a shared pair of axes; ``series`` maps a name to its (x, y) values, equally many of each.
+
+    With ``percent``, y values are fractions, written as percentages, as a table writes its scores.
+    """
 
     title: str
     x_label: str
     y_label: str
-    series: dict[str, tuple[Sequence[float], Sequence[float]]]
+    series: Series
     note: str = ""
+    percent: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ class Pictures:
     note: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Picture]]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Columns of captioned pictures, uint8 [h, w, 3], that go to the next line together where there is no room.
+
+    A caption's lines are shortened in their middle to the width of the column; whoever points at them reads all of it.
+    """
+
+    title: str
+    note: str
+    columns: Sequence[Sequence[tuple[str, Picture]]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class Words:
     note: str = ""
 
 
-Section: TypeAlias = Curve | Pictures | Table | Facts | Code | Words
+Section: TypeAlias = Curve | Pictures | Strip | Table | Facts | Code | Words
 
 
 def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
@@ -118,18 +131,32 @@ def write_report(path: Path, title: str, subtitle: str, sections: Sequence[Secti
 
 def _section(section: Section, name: str) -> str:
     note = f'<p class="note">{escape(section.note)}</p>' if section.note else ""
+    wide = " class=wide" if _is_wide(section) else ""
     return (
-        f'<section aria-labelledby="{name}">\n<div><h2 id="{name}">{escape(section.title)}</h2>{note}</div>\n'
+        f'<section aria-labelledby="{name}"{wide}>\n<div><h2 id="{name}">{escape(section.title)}</h2>{note}</div>\n'
         f'<div class="content">\n{_content(section, name)}\n</div>\n</section>'
     )
+
+
+def _is_wide(section: Section) -> bool:
+    """Tell whether a section takes the page's whole width: one picture alone, or many side by side."""
+    match section:
+        case Pictures(rows=[[_]]):
+            return True
+        case Strip(columns=columns):
+            return len(columns) > MOST_BESIDE or [*map(len, columns)] == [1]
+        case _:
+            return False
 
 
 def _content(section: Section, name: str) -> str:
     match section:
         case Curve():
-            return _curve(section)
+            return plot(section.x_label, section.y_label, section.series, section.percent)
         case Pictures():
             return _pictures(section)
+        case Strip():
+            return _strip(section)
         case Table():
             return _table(section, name)
         case Facts():
@@ -155,9 +182,13 @@ def _table(table: Table, name: str) -> str:
             raise ValueError(f"table {table.title!r}: a row of {len(row)} cells under {len(table.columns)} columns")
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     body = "\n".join(_row(row, i in table.highlight) for i, row in enumerate(table.rows))
+    # Where few scores share a row, their bars have room between the figures; otherwise below them.
+    scores = max((sum(map(_has_bar, row)) for row in table.rows), default=0)
+    kind = " class=roomy" if scores <= MOST_ROOMY else ""
     # A table may be wider than a phone: it scrolls by itself, also from the keyboard.
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{name}"><table aria-labelledby="{name}">\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{name}">'
+        f'<table{kind} aria-labelledby="{name}">\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>{_scale(table)}"
     )
 
@@ -206,7 +237,8 @@ def _pictures(pictures: Pictures) -> str:
             raise ValueError(f"pictures {pictures.title!r}: a row of {len(row)} under {len(columns)} columns")
     # Wide pictures, such as spectrograms, would be slivers side by side.
     stacked = any(picture.shape[1] > 2 * picture.shape[0] for picture in rows[0])
-    per_line = 1 if stacked else min(max(6 // len(columns), 1), 3)
+    alone = len(rows) == len(columns) == 1
+    per_line = 1 if stacked or alone else min(max(MOST_BESIDE // len(columns), 1), 3)
     groups = "\n".join(f"<li>{_group(columns, row, i)}</li>" for i, row in enumerate(rows, start=1))
     kind = f"groups per-{per_line}" + (" stacked" if stacked else "")
     return f'<ol class="{kind}" style="--of: {len(columns)}">\n{groups}\n</ol>'
@@ -220,6 +252,23 @@ def _group(columns: Sequence[str], row: Sequence[Picture], number: int) -> str:
     )
 
 
+def _strip(strip: Strip) -> str:
+    lines = max(caption.count("\n") + 1 for column in strip.columns for caption, _ in column)
+    columns = "\n".join(f"<li>{''.join(_captioned(*one) for one in column)}</li>" for column in strip.columns)
+    return f'<ol class="strip" style="--of: {len(strip.columns)}; --lines: {lines}">\n{columns}\n</ol>'
+
+
+def _captioned(caption: str, picture: Picture) -> str:
+    whole = caption.replace("\n", ", ")
+    lines = "".join(f"<span>{_elidable(line)}</span>" for line in caption.split("\n"))
+    return f'<figure><figcaption title="{escape(whole)}">{lines}</figcaption>{_image(picture, whole)}</figure>'
+
+
+def _elidable(line: str) -> str:
+    """Return a line whose beginning gives way where room is short, as its end says more of a file's name."""
+    return f"<span>{escape(line[:-TAIL])}</span><span>{escape(line[-TAIL:])}</span>"
+
+
 def _image(picture: Picture, alt: str) -> str:
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ValueError(f"a picture is uint8 [h, w, 3], not {picture.dtype} {list(picture.shape)}")
@@ -229,142 +278,3 @@ def _image(picture: Picture, alt: str) -> str:
     data = base64.b64encode(file.getvalue()).decode("ascii")
     crisp = ' class="crisp"' if min(height, width) < CRISP_BELOW else ""
     return f'<img{crisp} src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{escape(alt)}">'
-
-
-# Curves
-
-
-class Axis(NamedTuple):
-    """The range of an axis and its ticks, as positions (0 to 1) and labels."""
-
-    low: float
-    high: float
-    ticks: list[tuple[float, str]]
-
-    def place(self, values: Values) -> Values:
-        """Map values to positions along the axis."""
-        return (values - self.low) / (self.high - self.low)
-
-
-class Line(NamedTuple):
-    """One series as float64 arrays, y NaN wherever x or y is not finite."""
-
-    name: str
-    x: Values
-    y: Values
-
-    def finite(self) -> tuple[Values, Values]:
-        """Return the points that can be drawn."""
-        mask = np.isfinite(self.y)
-        return self.x[mask], self.y[mask]
-
-
-def _curve(curve: Curve) -> str:
-    lines = [_line(name, *xy) for name, xy in curve.series.items()]
-    drawn = [line.finite() for line in lines]
-    if not any(len(x) for x, _ in drawn):
-        return "<p>There is no finite value to draw.</p>"
-    x_axis = _axis(np.concatenate([x for x, _ in drawn]), widen=False)
-    y_axis = _axis(np.concatenate([y for _, y in drawn]), widen=True)
-    left = max(len(label) for _, label in y_axis.ticks) + 1.5
-    right = max(len(label) for _, label in x_axis.ticks) / 2
-    ticks = "".join(
-        f'<span class="tick y" style="bottom: {100 * at:.2f}%">{label}</span>' for at, label in y_axis.ticks
-    )
-    ticks += "".join(f'<span class="tick x" style="left: {100 * at:.2f}%">{label}</span>' for at, label in x_axis.ticks)
-    grid = "".join(f"M0 {1000 * (1 - at):.1f}H1000" for at, _ in y_axis.ticks)
-    paths = "".join(
-        f'<path class="line" style="--hue: var(--s{i % HUES})" d="{_path(line, x_axis, y_axis)}"/>'
-        for i, line in enumerate(lines)
-    )
-    spoken = escape(f"{curve.y_label} against {curve.x_label}. " + " ".join(_spoken(line) for line in lines))
-    keys = "".join(f'<span style="--hue: var(--s{i % HUES})">{_key(line)}</span>' for i, line in enumerate(lines))
-    # The labels are HTML over a stretched drawing: on a phone the drawing shrinks and the letters do not.
-    drawing = f'<path class="grid" d="{grid}"/>{paths}'
-    return (
-        f'<figure style="--left: {left:.1f}ch; --right: {right:.1f}ch">\n'
-        f'<div class="plot" role="img" aria-label="{spoken}"><span class="y-label">{escape(curve.y_label)}</span>'
-        f'<div class="area"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none">{drawing}</svg>{ticks}</div>'
-        f'<span class="x-label">{escape(curve.x_label)}</span></div>\n'
-        f'<figcaption class="legend">{keys}</figcaption></figure>'
-    )
-
-
-def _line(name: str, x: Sequence[float], y: Sequence[float]) -> Line:
-    if len(x) != len(y):
-        raise ValueError(f"series {name!r} has {len(x)} x values and {len(y)} y values")
-    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    return Line(name, xs, np.where((np.abs(xs) < BOUNDLESS) & (np.abs(ys) < BOUNDLESS), ys, np.nan))
-
-
-def _axis(values: Values, widen: bool) -> Axis:
-    """Choose round ticks for the values' range; ``widen`` stretches the axis to the ticks around it."""
-    low, high = float(values.min()), float(values.max())
-    largest = max(-low, high, 1e-300)
-    if high - low <= 1e-9 * largest:
-        margin = largest / 10 if largest > 1e-300 else 0.5
-        low, high = low - margin, high + margin
-    power = 10.0 ** math.floor(math.log10((high - low) / MOST_TICKS))
-    step = next(step for factor in (1, 2, 5, 10, 20) if (step := factor * power) >= (high - low) / MOST_TICKS)
-    # The slack keeps a range that ends at a tick, but for rounding, at that tick.
-    first, last = low / step + 1e-9, high / step - 1e-9
-    if widen:
-        first, last = math.floor(first), math.ceil(last)
-        low, high = first * step, last * step
-    numbers = [i * step for i in range(math.ceil(first - 2e-9), math.floor(last + 2e-9) + 1)]
-    return Axis(low, high, [((number - low) / (high - low), _label(number, step)) for number in numbers])
-
-
-def _label(number: float, step: float) -> str:
-    if not 1e-4 <= step < 1e6:
-        return f"{number:.6g}"
-    if step >= 1000 and number:
-        return f"{number / 1000:,.0f}k"
-    return f"{number:,.{max(0, -math.floor(math.log10(step)))}f}"
-
-
-def _thin(line: Line) -> Line:
-    """Keep the lowest, the highest and the first missing value of each bucket: spikes and gaps stay visible."""
-    count = len(line.y)
-    if count <= 2 * BUCKETS:
-        return line
-    kept = {0, count - 1}
-    for start, stop in pairwise(np.linspace(0, count, BUCKETS + 1).astype(int).tolist()):
-        part = line.y[start:stop]
-        missing = np.isnan(part)
-        if not missing.all():
-            kept |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
-        if missing.any():
-            kept.add(start + int(missing.argmax()))
-    index = sorted(kept)
-    return Line(line.name, line.x[index], line.y[index])
-
-
-def _path(line: Line, x_axis: Axis, y_axis: Axis) -> str:
-    """Return the path data, with the pen lifted at missing values."""
-    thin = _thin(line)
-    parts, down = [], False
-    for x, y in zip(1000 * x_axis.place(thin.x), 1000 * (1 - y_axis.place(thin.y)), strict=True):
-        if math.isnan(y):
-            down = False
-            continue
-        # The segment of length zero makes a point without neighbours a dot.
-        parts.append(f"L{x:.1f} {y:.1f}" if down else f"M{x:.1f} {y:.1f}h0")
-        down = True
-    return "".join(parts)
-
-
-def _key(line: Line) -> str:
-    y = line.finite()[1]
-    ending = f"{y[-1]:.4g} at the end" if len(y) else "no value"
-    missing = len(line.y) - len(y)
-    gaps = f", {missing:,} not finite" if missing else ""
-    return f"<i></i>{escape(line.name)}<small>{ending}{gaps}</small>"
-
-
-def _spoken(line: Line) -> str:
-    x, y = line.finite()
-    if not len(y):
-        return f"{line.name}: no value."
-    ends = f"{y[0]:.4g} at {x[0]:.6g}, {y[-1]:.4g} at {x[-1]:.6g}"
-    return f"{line.name}: {ends}, lowest {y.min():.4g}, highest {y.max():.4g}."

@@ -25,7 +25,9 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
     ]
     if "accuracy" in metrics[-1]:
         accuracy = [record["accuracy"] for record in metrics]
-        sections.append(Curve("Accuracy", "step", "accuracy on training batches", {"training": (steps, accuracy)}))
+        sections.append(
+            Curve("Accuracy", "step", "accuracy on training batches", {"training": (steps, accuracy)}, percent=True)
+        )
     if isinstance(objective, Reconstructs):
         sections += reconstructions(recipe, objective, shown, held_out)
     cost = measure_cost(recipe, objective)
@@ -68,7 +70,7 @@ def reconstructions(
     if not rows:
         return []
     which = "Pictures that were not trained on" if held_out else "Pictures that were trained on"
-    note = f"{which}; {recipe.objective.name} saw only what the middle column shows."
+    note = f"{which}; {recipe.objective.name.upper()} saw only what the middle column shows."
     note += target_note(recipe)
     return [Pictures("Reconstructions", note, ["input", "masked", "reconstruction"], rows)]
 

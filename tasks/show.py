@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args
 
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import nn
 
 from mmssl.contracts import Reconstructs
@@ -182,12 +181,7 @@ def _choose(source: Path, panel: str | None) -> tuple[Name, Run | None]:
 
 
 def _run(source: Path) -> Run | None:
-    if not (source / "objective" / "model.safetensors").is_file():
-        return None
-    try:
-        return load_objective(source)
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{source}/objective is not readable ({str(error).splitlines()[0]})") from None
+    return load_objective(source) if (source / "objective" / "model.safetensors").is_file() else None
 
 
 def _check_out(out: Path) -> None:
@@ -227,9 +221,12 @@ def _check_vectors(source: Path, files: Sequence[Path | str]) -> None:
 
 def _files(given: Sequence[Path | str], config: EncoderConfig, out: Path) -> Files:
     """Return the files to show, folders opened; UserError for none, too many, or one that ``out`` would overwrite."""
-    if not given:
-        raise UserError(f"show needs at least one file of modality {config.modality}")
     kind = MODALITIES[config.modality]
+    if not given:
+        raise UserError(
+            f"name at least one file to show, of modality {kind.name} ({', '.join(sorted(kind.suffixes))}), "
+            "or a folder of them"
+        )
     paths = [path for item in given for path in list_files(item, kind.suffixes, kind.name).paths]
     most = MOST[out.suffix.lower()]
     if len(paths) > most:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tasks.metrics import Score
-from tasks.report import Code, Curve, Facts, Pictures, Table, Words, write_report
+from tasks.report import Code, Curve, Facts, Pictures, Strip, Table, Words, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -107,6 +107,9 @@ def browser(tmp_path_factory):
     browser.close()
 
 
+CLASSES = [["cat", Score(1.0, 1.0, 1.0)], ["dog", Score(0.051, 0.0, 0.1)], ["a long name " * 3, Score(0.5, 0.45, 0.55)]]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     """A page with ordinary sections, and with names that leave no room and values that cannot be drawn."""
@@ -125,6 +128,10 @@ def report(tmp_path_factory) -> Path:
         Curve("Nothing", "step", "loss", {"train": ([], [])}),
         Pictures("Digits", "", ["input", "masked", "reconstruction"], squares),
         Pictures("Sounds", "", ["input", "masked", long], wide),
+        Pictures("Map", "", ["points"], [[rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)]]),
+        Strip("Neighbours", "", [[(f"0.98\n{long}", squares[0][0])] * (1 + (i > 0)) for i in range(9)]),
+        Table("Classes", "", ["class", "recall"], CLASSES, highlight=[0]),
+        Table("Two scores", "", ["who", "top-1", "top-5"], [[a, b, b] for a, b in CLASSES]),
         Words(long, f"{long}\n\n<script>alert(1)</script>"),
         Code("Recipe", f"model: {long}\n" * 3),
     ]
@@ -158,10 +165,52 @@ def test_page_fits_loads_nothing_and_complains_about_nothing(browser, report, wi
 def test_captions_stand_above_each_first_group_only(browser, report, width):
     browser.open(report, width, "light")
     shown = browser.ask(
-        "[...document.querySelectorAll('.groups:not(.stacked) figcaption')]"
+        "[...document.querySelectorAll('.groups:not(.stacked, .per-1) figcaption')]"
         ".filter(e => e.offsetHeight).map(e => e.innerText)"
     )
     assert shown == ["input", "masked", "reconstruction"] * (1 if width < 640 else 2)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bars_of_a_column_begin_and_end_together(browser, report, width, scheme):
+    browser.open(report, width, scheme)
+    for title in ("Results", "Classes", "Two scores"):
+        rows = browser.ask(f"({BARS})('{title}')")
+        assert len(rows) >= 3
+        assert len({str(row) for row in rows}) == 1, rows
+        assert all(length >= 60 for _, length in rows[0])
+
+
+BARS = """title => {
+  const section = [...document.querySelectorAll('section')].find(s => s.querySelector('h2').innerText === title);
+  return [...section.querySelectorAll('tbody tr')].map(row => [...row.querySelectorAll('.bar')].map(bar => {
+    const box = bar.getBoundingClientRect();
+    return [Math.round(10 * box.left) / 10, Math.round(10 * box.width) / 10];
+  }));
+}"""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_label_of_an_axis_stands_clear_of_its_ticks(browser, report, width):
+    browser.open(report, width, "light")
+    bottoms = "Math.max(...[...plot.querySelectorAll('.tick.x')].map(tick => tick.getBoundingClientRect().bottom))"
+    top = "plot.querySelector('.x-label').getBoundingClientRect().top"
+    gaps = browser.ask(f"[...document.querySelectorAll('.plot')].map(plot => {top} - {bottoms})")
+    assert gaps
+    assert min(gaps) >= 2
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_picture_alone_fills_the_page_and_captions_keep_to_their_line(browser, report, width):
+    browser.open(report, width, "light")
+    inner = browser.ask("document.querySelector('main').clientWidth - 40")
+    assert browser.ask("document.querySelector('img[alt^=points]').clientWidth") == inner
+    shape = browser.ask("[...document.querySelectorAll('.strip figure')].map(e => [e.clientWidth, e.clientHeight])")
+    assert len(shape) == 1 + 2 * 8
+    assert min(width for width, _ in shape) >= 76
+    # The square picture and two lines of caption.
+    assert max(height - width for width, height in shape) <= 42
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

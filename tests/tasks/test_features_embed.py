@@ -244,4 +244,4 @@ def test_embed_refuses_an_impossible_name_before_it_computes(encoder, pictures, 
 
 def test_the_score_of_guessing_the_commonest_class():
     assert commonest_share([0, 1, 1, 2], [1, 1, 0, 2, 1]) == 0.6
-    assert commonest_share([0, 0, 1, 1], [0, 1, 1, 1]) == 0.25
+    assert commonest_share([0, 0, 1, 1, 2], [0, 1, 1, 1]) == 0.5  # of equals, the mean of 0.25 and 0.75

@@ -5,13 +5,16 @@ import io
 import math
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tasks.metrics import Score
-from tasks.report import BUCKETS, Code, Curve, Facts, Pictures, Table, Words, _axis, _line, _thin, write_report
+from tasks.per_layer import PerLayerResult
+from tasks.report import Code, Curve, Facts, Pictures, Strip, Table, Words, write_report
+from tasks.report_curve import BUCKETS, _axis, _line, _thin
 
 VOID = {"meta", "link", "img", "br", "hr"}
 NAN = math.nan
@@ -66,6 +69,7 @@ def one_of_each(text: str = "plain") -> list:
         Facts(text, {text: text}, text),
         Curve(text, text, text, {text: ([0, 1, 2], [3.0, 2.0, 1.0])}, text),
         Pictures(text, text, [text, text], [[picture(0), picture(1)]]),
+        Strip(text, text, [[(text, picture(0)), (f"{text}\n{text}", picture(1))], [(text, picture(2))]]),
         Words(text, f"{text}\n\n{text}", text),
         Code(text, f"{text}\n{text}", text),
     ]
@@ -84,9 +88,9 @@ def test_page_has_landmarks_one_heading_and_names_for_everything(tmp_path):
         assert len(page.all(tag)) == 1, tag
     assert page.all("html")[0]["lang"] == "en"
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
-    assert len(ids) == len(set(ids)) == 6
+    assert len(ids) == len(set(ids)) == 7
     labels = [attrs["aria-labelledby"] for _, attrs in page.elements if "aria-labelledby" in attrs]
-    assert len(page.all("section")) == 6
+    assert len(page.all("section")) == 7
     assert set(labels) == set(ids)
     assert all(attrs["alt"] for attrs in page.all("img"))
     assert [attrs["scope"] for attrs in page.all("th")] == ["col", "col", "row", "row"]
@@ -201,6 +205,30 @@ def test_wide_pictures_are_stacked(tmp_path):
     assert square.of_class("stacked") == []
 
 
+def test_one_picture_alone_and_many_side_by_side_take_the_whole_width(tmp_path):
+    def is_wide(section):
+        return "wide" in page_of(tmp_path, section).all("section")[0].get("class", "")
+
+    one, many = [("a", picture())], [[("a", picture())]] * 9
+    assert is_wide(Pictures("p", "", ["a"], [[picture()]]))
+    assert is_wide(Strip("p", "", [one]))
+    assert is_wide(Strip("p", "", many))
+    assert not is_wide(Strip("p", "", many[:3]))
+    assert not is_wide(Pictures("p", "", ["a"], [[picture()], [picture()]]))
+    assert not is_wide(Pictures("p", "", ["a", "b"], [[picture(), picture()]]))
+    assert not is_wide(Words("p", "words"))
+    assert len(page_of(tmp_path, Pictures("p", "", ["a"], [[picture()]])).of_class("per-1")) == 1
+
+
+def test_strip_has_every_picture_below_its_caption(tmp_path):
+    name = "a/rather & long/<folder>/picture-0123.png"
+    page = page_of(tmp_path, Strip("s", "", [[("input", picture(0)), (f"0.98\n{name}", picture(1))]]))
+    assert [attrs["alt"] for attrs in page.all("img")] == ["input", f"0.98, {name}"]
+    assert [attrs["title"] for attrs in page.all("figcaption")] == ["input", f"0.98, {name}"]
+    assert f"0.98{name}" in page.text  # in pieces on the page, and yet whole
+    assert page.of_class("strip")[0]["style"] == "--of: 1; --lines: 2"
+
+
 # Curves
 
 
@@ -212,6 +240,44 @@ def test_line_passes_through_its_values(tmp_path):
     assert len(labels) >= 3
     assert all(float(at) == pytest.approx(50 * float(label), abs=0.01) for at, label in labels)
     assert page.of_class("plot")[0]["aria-label"] == ("loss against step. a: 2 at 0, 1 at 10, lowest 0, highest 2.")
+
+
+def test_fractions_are_written_as_percentages(tmp_path):
+    curve = Curve("Accuracy", "layer", "accuracy", {"top1": ([1, 2, 3], [0.5, 0.25, 0.75])}, percent=True)
+    page = page_of(tmp_path, curve)
+    labels = re.findall(r"bottom: ([\d.]+)%\">([^<]+)<", (tmp_path / "report.html").read_text())
+    assert [label for _, label in labels] == ["20%", "30%", "40%", "50%", "60%", "70%", "80%"]
+    assert numbers(page.of_class("line")[0]["d"]) == [(0.0, 500.0), (500.0, 916.7), (1000.0, 83.3)]
+    assert "75.0% at the end" in page.text
+    assert page.of_class("plot")[0]["aria-label"] == (
+        "accuracy against layer. top1: 50.0% at 1, 75.0% at 3, lowest 25.0%, highest 75.0%."
+    )
+
+
+def test_accuracy_by_layer_is_in_percent_at_whole_layers(tmp_path):
+    samples = SimpleNamespace(test=10)
+    layers = [
+        SimpleNamespace(scores={"top1": Score(top1, 0, 1)}, samples=samples, notes=[], describe=str)
+        for top1 in (0.4, 0.5, 0.6)
+    ]
+    PerLayerResult(layers).write(tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "60.0% at the end" in html
+    assert re.findall(r"left: [\d.]+%\">([^<]+)<", html) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("x", "labels"),
+    [
+        ([1, 2, 3, 4], ["1", "2", "3", "4"]),
+        ([7], ["7"]),
+        ([0, 1], ["0", "1"]),
+        ([1, 2, 3.5], ["1.0", "1.5", "2.0", "2.5", "3.0", "3.5"]),
+    ],
+)
+def test_whole_x_values_have_whole_ticks(tmp_path, x, labels):
+    page_of(tmp_path, Curve("c", "layer", "loss", {"a": (x, [0.5] * len(x))}))
+    assert re.findall(r"left: [\d.]+%\">([^<]+)<", (tmp_path / "report.html").read_text()) == labels
 
 
 def test_gaps_lift_the_pen_and_are_counted(tmp_path):

@@ -1,7 +1,9 @@
 """The panels: what they show against what was computed, the same bytes twice, and a sentence for each mistake."""
 
 import json
+import re
 import shutil
+from itertools import combinations
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
+from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 from sklearn.decomposition import PCA
 
@@ -18,7 +21,21 @@ from mmssl.data.listing import list_files
 from mmssl.errors import UnusableData, UserError
 from modalities.encoder import load
 from tasks.cli import main
-from tasks.panels import CAPTION, Block, Files, Line, Panel, Shot, draw, fit, legible, read_signal, shorten, wrap
+from tasks.panels import (
+    CAPTION,
+    Block,
+    Files,
+    Line,
+    Panel,
+    Shot,
+    draw,
+    fit,
+    legible,
+    read_signal,
+    shorten,
+    wrap,
+    write_panel,
+)
 from tasks.panels_neighbours import neighbours_panel
 from tasks.panels_reconstruction import reconstruction_panel
 from tasks.panels_tokens import attention_panel, component_colours, pca_panel, principal, split
@@ -82,7 +99,7 @@ def signals_of(encoder, files):
 
 
 def pictures(block):
-    return [[shot.picture for shot in line.shots] for line in block.lines]
+    return [[shot.picture for shot in line.shots if shot is not None] for line in block.lines]
 
 
 # Reconstruction
@@ -116,6 +133,7 @@ def test_reconstruction_shows_what_is_seen_and_predicts_the_rest(run, files):
             seen_before = ~grey
     captions = [shot.caption for shot in panel.blocks[0].lines[0].shots]
     assert captions[:3] == ["original", "25 % masked\n12 of 16 seen", "reconstruction"]
+    assert panel.note.startswith("MAE saw only what the masked pictures show. ")
     assert "brightness and contrast of each hidden patch are those of the true" in panel.note
 
 
@@ -137,8 +155,7 @@ def test_attention_shows_the_last_blocks_weights(tiny_encoder, files, cls_token)
     encoder = tiny_encoder(cls_token=cls_token)
     signals = signals_of(encoder, files)
     panel = attention_panel(encoder, [f.name for f in files], signals, 0.6)
-    assert ("class token." in panel.note) == cls_token
-    assert ("mean over all tokens" in panel.note) != cls_token
+    assert panel.note.startswith(f"Attention of {'the class token.' if cls_token else 'all tokens on average'}")
     for signal, block in zip(signals, panel.blocks, strict=True):
         tokens = encoder.tokenizer.embed(encoder.tokenizer.patches(signal[None]))
         if cls_token:
@@ -146,13 +163,29 @@ def test_attention_shows_the_last_blocks_weights(tiny_encoder, files, cls_token)
         maps = attention_maps(encoder.backbone, tokens)[0]
         weights = maps[:, 0, 1:] if cls_token else maps.mean(1)
         heat, kept = pictures(block)
-        assert len(heat) == len(kept) == 1 + 4
+        assert len(heat) == 1 + 4
+        assert len(kept) == 4
         for head, mask in enumerate(heaviest(weights, 0.6).numpy(), start=1):
             share = (weights[head - 1] / weights[head - 1].max()).numpy()
             np.testing.assert_array_equal(cut(heat[head])[:, :3], colormaps["inferno"](share, bytes=True)[:, :3])
-            lit = (cut(kept[head]) == cut(kept[0])).all(1)
+            lit = (cut(kept[head - 1]) == cut(heat[0])).all(1)
             np.testing.assert_array_equal(lit, mask)
-            assert block.lines[1].shots[head].caption == f"head {head}\n{mask.sum()} of 16"
+            assert block.lines[1].shots[head].caption == f"{mask.sum()} of 16"  # below its head
+
+
+def test_attention_is_one_entry_per_file_of_a_page(tiny_encoder, files, tmp_path):
+    encoder = tiny_encoder()
+    panel = attention_panel(encoder, ["one", "two"], signals_of(encoder, files[:2]), 0.6)
+    write_panel(tmp_path / "x.html", panel)
+    page = (tmp_path / "x.html").read_text()
+    assert page.count("<section") == 2
+    assert page.count('alt="input"') == 2
+    assert page.count("<img") == 2 * (1 + 4 + 4)
+    columns = re.findall(r"<li>(.*)</li>", page)
+    assert [re.findall(r'alt="(head \d|input)', column) for column in columns[:5]] == [
+        ["input"], *([f"head {i}"] for i in range(1, 5)),
+    ]  # fmt: skip
+    assert all(len(re.findall(r'alt="\d+ of 16"', column)) == 1 for column in columns[1:5])
 
 
 def test_weights_that_are_not_finite_are_not_drawn(tiny_encoder, files):
@@ -237,6 +270,25 @@ def test_background_is_black_and_has_no_part_in_the_colours(tiny_encoder, monkey
         assert facts["explained"][0] < 0.9
 
 
+def test_pictures_that_are_all_background_are_pointed_out(tiny_encoder, monkeypatch):
+    encoder = tiny_encoder()
+    rng = np.random.default_rng(0)
+    # The first component tells the first two signals from the third.
+    tokens = [torch.from_numpy(rng.normal(size=(1, 16, 8)) + 40 * (i == 2)).float() for i in range(3)]
+    monkeypatch.setattr(encoder, "tokens", lambda signals: (tokens[int(signals[0].max())], (4, 4)))
+    signals = [torch.full((3, 16, 16), float(i)) for i in range(3)]
+    panel, _ = pca_panel(encoder, ["a", "b", "c"], signals, True)
+    captions = [block.lines[0].shots[1].caption for block in panel.blocks]
+    assert len(set(captions[:2])) == 1
+    assert {caption.split("\n")[1] for caption in captions} == {"all foreground", "all background"}
+    assert "Of 3 pictures, " in panel.note
+    assert "the first component divides the pictures rather than the things" in panel.note
+    assert panel.note.endswith("try more or other files.")
+    assert "Of 3 pictures" not in pca_panel(encoder, ["a", "b", "c"], signals, False)[0].note
+    tokens[0][0, :5], tokens[1][0, :5], tokens[2][0, :5] = tokens[2][0, :5], tokens[2][0, :5], -tokens[2][0, :5]
+    assert "try more" not in pca_panel(encoder, ["a", "b", "c"], signals, True)[0].note
+
+
 def test_the_split_lies_between_two_groups():
     values = np.array([1.0, 1.2, 0.9, 5.0, 5.1, 1.1])
     assert split(values) == 1.2
@@ -260,15 +312,52 @@ def test_tsne_is_reproducible_and_says_what_it_shows(vectors, tmp_path):
     assert not np.array_equal(drawn[0], drawn[2])
 
 
-def test_more_groups_than_colours_share_a_grey(tmp_path):
-    from tasks.panels_tsne import OTHERS, UNLABELLED, _legend
+def test_groups_are_told_apart_by_colour_then_by_shape_and_the_rest_share_a_grey():
+    from tasks.panels_tsne import HUES, OTHERS, UNLABELLED, _legend
 
-    groups = [f"class {i:02d}" for i in range(30) for _ in range(30 - i)] + [None]
+    groups = [f"class {i:02d}" for i in range(42) for _ in range(42 - i)] + [None]
     legend = _legend(groups)
-    assert len({colour for _, colour in legend.values()}) == 18 + 2
-    assert legend["class 17"] != legend["class 18"] == legend["class 29"] == ("12 more  78", OTHERS)
-    assert legend[None] == ("none  1", UNLABELLED)
-    assert len({colour for _, colour in _legend(groups[:100]).values()}) == len(set(groups[:100]))
+    assert len({(entry.colour, entry.marker) for entry in legend.values()}) == 30 + 2
+    assert {legend[f"class {i:02d}"][1:] for i in range(10)} == {(hue, "o") for hue in HUES}
+    assert {legend[f"class {i:02d}"][1:] for i in range(10, 20)} == {(hue, "^") for hue in HUES}
+    assert legend["class 29"] != legend["class 30"] == legend["class 41"] == ("12 more  78", OTHERS, "o")
+    assert legend[None] == ("none  1", UNLABELLED, "o")
+
+
+def test_points_have_their_groups_colour_and_shape():
+    from tasks.panels_tsne import _legend, _scatter
+
+    groups = [f"{i:02d}" for i in range(12)]
+    (points,) = _scatter(np.random.default_rng(0).normal(size=(12, 2)), groups).axes[0].collections
+    legend = _legend(groups)
+    assert [to_hex(colour) for colour in points.get_facecolors()] == [legend[group].colour for group in groups]
+    corners = [len(path.vertices) for path in points.get_paths()]
+    assert len(corners) == 12
+    assert set(corners[10:]) == {4}  # triangles, closed
+    assert min(corners[:10]) > 8
+
+
+def test_hues_are_far_apart():
+    """In Oklab (Ottosson, 2020), twice as far as in the pairs of light and dark hues of a palette of 20."""
+    from tasks.panels_tsne import HUES, OTHERS, UNLABELLED
+
+    colours = [oklab(to_rgb(hue)) for hue in (*HUES, OTHERS, UNLABELLED)]
+    apart = [np.linalg.norm(a - b) for a, b in combinations(colours, 2)][:-1]  # the two greys may be near each other
+    assert min(apart) > 0.14
+    pair = [oklab(colormaps["tab20"](i)[:3]) for i in (18, 19)]
+    assert np.linalg.norm(pair[0] - pair[1]) < 0.14
+
+
+def oklab(rgb):
+    values = np.array(rgb)
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    to_lms = [[0.4122215, 0.5363325, 0.0514460], [0.2119035, 0.6806995, 0.1073970], [0.0883025, 0.2817188, 0.6299787]]
+    to_lab = [
+        [0.2104543, 0.7936178, -0.0040720],
+        [1.9779985, -2.4285922, 0.4505937],
+        [0.0259040, 0.7827718, -0.8086758],
+    ]
+    return np.array(to_lab) @ np.cbrt(np.array(to_lms) @ linear)
 
 
 def test_vectors_that_cannot_be_shown(tmp_path):
@@ -300,7 +389,11 @@ def test_neighbours_are_the_nearest_others(run, photos, files):
         assert [str(photos / "test" / n["path"]) for n in found] == [paths[i] for i in row.topk(4).indices]
         np.testing.assert_allclose([n["similarity"] for n in found], row.topk(4).values, atol=1e-5)
         shots = block.lines[0].shots
-        assert [shot.caption.split("\n")[1] for shot in shots[1:]] == [n["path"] for n in found]
+        assert shots[0].caption == "query\nalong"
+        assert [shot.caption.split("\n") for shot in shots[1:]] == [
+            [f"{n['similarity']:.4f}", n["path"].split("/")[0], n["path"]] for n in found
+        ]
+        assert [n["label"] for n in found] == [n["path"].split("/")[0] for n in found]
         nearest = encoder.kind.picture(read_signal(encoder.config, paths[int(row.argmax())]), encoder.config.signal)
         assert np.array_equal(shots[1].picture, nearest)
 
@@ -319,6 +412,10 @@ def test_a_file_is_not_its_own_neighbour_by_any_spelling_but_a_copy_is(run, file
     assert set(first) == {"copy.png", "1.png", "2.png"}
     assert "1.png" not in second
     assert len(second) == 3
+    assert "whatever their split, but for the query itself" in panel.note
+    assert [n["label"] for n in facts["neighbours"][0]] == [None] * 3
+    assert panel.blocks[0].lines[0].shots[1].caption.endswith("\ncopy.png")
+    assert panel.blocks[0].lines[0].shots[1].caption.count("\n") == 1
     assert "no more than" not in panel.note
     assert "no more than 3 others" in nearest_of(run, [folder / "0.png"], folder, 8)[0].note
     (folder / "broken.png").write_bytes(b"words")
@@ -326,7 +423,7 @@ def test_a_file_is_not_its_own_neighbour_by_any_spelling_but_a_copy_is(run, file
         nearest_of(run, files[:1], folder, 2)
     panel, facts = nearest_of(run, files[:1], folder, 2, skip_broken=True)
     assert facts["skipped"][0]["path"] == "broken.png"
-    assert "1 broken files are left out" in panel.note
+    assert "1 broken file is left out" in panel.note
 
 
 # The page
@@ -441,7 +538,7 @@ def test_damaged_weights_are_a_sentence(ask, run, files, tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     code, _, err = ask("show", copy, files[0], "--out", tmp_path / "x.png")
     assert code == 2
-    assert "copy/objective is not readable" in err
+    assert "copy/objective/model.safetensors: not the weights of" in err
     assert ask("show", copy, files[0], "--panel", "attention", "--out", tmp_path / "x.png")[0] == 0
 
 
@@ -450,7 +547,7 @@ def test_damaged_weights_are_a_sentence(ask, run, files, tmp_path):
 MISTAKES = {
     "{run} {file} --out {new}.jpg": "must end in .png or .html",
     "{run} {file}": "Missing option '--out'",
-    "{run} --out {new}.png": "at least one file of modality image",
+    "{run} --out {new}.png": "name at least one file to show, of modality image (.bmp, ",
     "{run}x {file} --out {new}.png": "does not exist; did you mean 'run'?",
     "{run} {file}g --out {new}.png": "does not exist; did you mean",
     "{run} {run}/config.yaml --out {new}.png": "neither a folder, a manifest",

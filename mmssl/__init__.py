@@ -6,7 +6,8 @@ The public API of all three packages, imported when it is first used:
 - ``pretrain(recipe, data, out)``, ``finetune(encoder, train, test, out)``: training; ``finetune_seeds`` does it with
   several seeds.
 - ``Classifier(path)``: what fine-tuning leaves behind, files in and class names out; ``predict`` does whole folders.
-- ``knn``, ``linear_probe``, ``embed``: frozen evaluation; ``list_files`` makes the listings they take.
+- ``knn``, ``linear_probe``, ``probe`` (by protocol), ``embed``: frozen evaluation; ``list_files`` makes the listings.
+- ``show``: pictures of what was learned.
 - ``MmsslError`` and its kinds: what can go wrong, in a sentence.
 """
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from tasks.linear_probe import linear_probe
     from tasks.predict import predict
     from tasks.pretrain import pretrain
+    from tasks.probe_protocols import probe
+    from tasks.show import show
 
 _HOME = {
     "Classifier": "modalities.classifier",
@@ -44,6 +47,8 @@ _HOME = {
     "load_recipe": "tasks.build",
     "predict": "tasks.predict",
     "pretrain": "tasks.pretrain",
+    "probe": "tasks.probe_protocols",
+    "show": "tasks.show",
 }
 
 __all__ = [
@@ -63,6 +68,8 @@ __all__ = [
     "load_recipe",
     "predict",
     "pretrain",
+    "probe",
+    "show",
 ]
 
 try:

@@ -34,7 +34,7 @@ from tasks.labels import (
     subset,
 )
 from tasks.metrics import Score, accuracy, average_precision_scores, classification_scores
-from tasks.validation import Validation, finite, read_validation, shared_features
+from tasks.validation import Validation, finite, read_validation, readable, shared_features
 
 
 class FinetuneOptions(TypedDict, total=False):
@@ -99,7 +99,7 @@ def finetune(
     run = Run(out)
     fit(
         counted(recipe, targets), train, run, targets, None if scratch else weights_of(encoder), resume,
-        deepspeed_config, measured_on,
+        deepspeed_config, measured_on, readable(encoder, test, skip_broken),
     )  # fmt: skip
     result = FinetuneResult(
         measure(run, test, test_targets, targets, skip_broken),

@@ -4,6 +4,7 @@ Every rank walks through the same steps; rank 0 alone writes and talks.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,14 @@ def fit(
     resume: bool = False,
     deepspeed_config: str | None = None,
     validation: Validation | None = None,
+    before: Callable[[World, Council], object] | None = None,
 ) -> None:
     """Train ``recipe`` on the files of ``listing`` into the folder of ``run``, from its last checkpoint if ``resume``.
 
     ``targets`` are class indices int64 [n] or float32 [n, classes] per file, for supervised objectives; ``initial``
     are what to start from, as ``train.init_from``. With ``validation``, for a classifier, the run folder holds the
-    weights that do best on it, and training stops when ``train.patience`` is at its end.
+    weights that do best on it, and training stops when ``train.patience`` is at its end. ``before`` is a collective
+    that may refuse while there is no run folder yet and nothing is trained.
     Raises what ``mmssl.engine.loop.train`` raises, after writing ``status.json``, and UserError for what does not fit.
     """
     me = world()
@@ -67,6 +70,8 @@ def fit(
     validator = None if validation is None else make_validator(validation, recipe, objective, run, len(listing))
     device = default_device() if ds is None else join(me)
     council = Council(me.size)
+    if before is not None:
+        before(me, council)
     if validator is not None:
         validator.check(me, council)
     council.lead(me, lambda: occupy(run, recipe, resume))

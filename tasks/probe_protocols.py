@@ -24,14 +24,14 @@ from mmssl.run import Run
 from modalities.encoder import Encoder
 from tasks.build import Recipe, parse_recipe
 from tasks.features import Samples, class_targets
-from tasks.finetune import evaluate
+from tasks.finetune import evaluate, weights_of
 from tasks.fit import fit
-from tasks.initial import Weights
 from tasks.linear_probe import ProbeResult, linear_probe
 from tasks.metrics import Score, score_table, scores_as_dict
 from tasks.per_layer import PerLayerResult, per_layer_probe
 from tasks.report import Section, Table, Words, write_report
 from tasks.run_report import run_sections
+from tasks.validation import readable
 
 Settings = dict[str, Any]
 
@@ -316,13 +316,9 @@ def protocol_probe(
     classes, targets, test_targets = class_targets(train, test, label_column)
     pinned = pin(protocol, encoder, classes, len(targets), overrides, seed, skip_broken)
     with run_folder(out) as run:
-        initial = Weights(
-            {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()},
-            "the encoder",
-            encoder.tokenizer.grid,
-        )
         with sentences(run, skip_broken):
-            fit(pinned.recipe, train, run, np.asarray(targets), initial)
+            before = readable(encoder, test, skip_broken)
+            fit(pinned.recipe, train, run, np.asarray(targets), weights_of(encoder), before=before)
         scores, samples = evaluate(run, test, test_targets, classes, targets, skip_broken)
         left = len(broken(run))
         notes = [*pinned.notes, *[f"{left} broken training files were left out"][: bool(left)]]

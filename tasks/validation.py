@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ class Validator:
         Raises UnusableData for a broken file unless it may be left out, UserError where none of the others has a label.
         """
         files = self.asked.files
-        found = shared_features(DecodeOnly(self.classifier), files, self.asked.skip_broken, me, council)
+        found = readable(self.classifier, files, self.asked.skip_broken)(me, council)
         check_positive(self.asked.targets[found.kept], files, "validation files that can be read")
 
     def attach(self, engine: Engine, me: World, council: Council, tell: Callable[[str], None]) -> None:
@@ -249,3 +250,11 @@ def shared_features(
     check_readable(Features(torch.empty(0), kept, skipped), files)
     vectors = torch.cat([rows for _, rows, _, _ in found if len(rows)])[torch.tensor(kept).argsort()]
     return Features(vectors, sorted(kept), skipped)
+
+
+def readable(encoder: Extractor, files: Listing, skip_broken: bool) -> Callable[[World, Council], Features]:
+    """Return a collective that decodes every file once, so that a broken one is found before anything is trained.
+
+    Raises as ``shared_features``.
+    """
+    return partial(shared_features, DecodeOnly(encoder), files, skip_broken)

@@ -235,8 +235,9 @@ def test_a_drafted_crop_is_close_and_in_its_place(tmp_path, orientation, monkeyp
 
 def test_small_pictures_and_those_without_draft_are_decoded_in_full(tmp_path, monkeypatch):
     monkeypatch.setattr(JpegImageFile, "draft", lambda *_: pytest.fail("drafted"))
-    fast(saved(tmp_path / "small.jpg", scene(90, 120)), ImageSignal(size=32), 0)
-    fast(saved(tmp_path / "large.jpg", scene(400, 500)), ImageSignal(size=32, draft=False), 0)
+    small, whole = ImageSignal(size=32), ImageSignal(size=32, draft=False)
+    assert fast(saved(tmp_path / "small.jpg", scene(90, 120)), small, 0)[0].shape == (3, 32, 32)
+    assert fast(saved(tmp_path / "large.jpg", scene(400, 500)), whole, 0)[0].shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("shape", [(3000, 4000), (768, 1024), (500, 5000), (5000, 450), (300, 10000), (64, 64)])

@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tasks.cli import main
 from tasks.pretrain import pretrain
 
 
@@ -23,19 +22,6 @@ def run(tmp_path_factory, photos, tiny_settings):
 @pytest.fixture
 def halves(photos):
     return ["--train", str(photos / "train"), "--test", str(photos / "test")]
-
-
-@pytest.fixture
-def ask(capfd):
-    """Run a command and return (exit code, stdout, stderr)."""
-
-    def call(*words):
-        code = main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return call
 
 
 def test_recipes_are_listed_and_printed(ask):

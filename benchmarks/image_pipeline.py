@@ -122,7 +122,7 @@ def check(path: str) -> None:
     raw = ImageSignal(mean=(0, 0, 0), std=(1, 1, 1), draft=False, flip=False)
     image = PIL.Image.open(path).convert("RGB")
     for seed in range(10):
-        (x,) = Image().views(raw)(path, [np.random.default_rng(seed)], SIZE)
+        x = Image().views(raw)(path, [np.random.default_rng(seed)], SIZE)[0]["signal"]
         part = image.crop(image_views.crop_box(image.height, image.width, raw, np.random.default_rng(seed)))
         # Rows first, as Pillow before 13 always did: later ones choose by the shape, and both passes round and clip.
         theirs = part.resize((SIZE[1], part.height), BICUBIC).resize(SIZE[::-1], BICUBIC)

@@ -133,12 +133,12 @@ def build(shape: Shape) -> tuple[MAE, ViTMAEForPreTraining]:
     return ours.train(), theirs.train()
 
 
-def make_batch(ours: MAE, batch_size: int, size: int) -> Batch:
-    """Return pictures of noise with masks: what is in them does not change the time."""
+def make_batch(ours: MAE, batch_size: int) -> Batch:
+    """Return signals of noise with masks: what is in them does not change the time."""
     draw, rng = ours.draw(), np.random.default_rng(0)
     masks = [draw(rng, ours.encoder.tokenizer.grid) for _ in range(batch_size)]
     batch = {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}
-    return {"signal": torch.randn(batch_size, 3, size, size), **batch}
+    return {"signal": torch.randn(batch_size, 3, *ours.encoder.tokenizer.size), **batch}
 
 
 class Times(NamedTuple):
@@ -160,29 +160,46 @@ def timed_step(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer, 
     return Times(middle - start, time.perf_counter() - middle)
 
 
-def measure(shape: Shape, batch_size: int, repeats: int, warmup: int) -> dict[str, Any]:
-    """Return the loss of both on the same masks, and per precision the median seconds of each and their ratios."""
-    ours, theirs = build(shape)
-    batch = make_batch(ours, batch_size, shape.size)
-    noise = noise_of(batch["keep"], (shape.size // shape.patch_size) ** 2)
-    losses = {"ours": lambda: ours(batch).loss, "transformers": lambda: theirs(batch["signal"], noise=noise).loss}
+class Runner(NamedTuple):
+    """One side of a comparison: a model and its loss on a fixed batch."""
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Return AdamW: for ours what the engine trains with, for theirs torch's default (foreach) one."""
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=isinstance(self.model, MAE))
+
+
+def race(runners: Mapping[str, Runner], repeats: int, warmup: int) -> dict[str, Any]:
+    """Return the first loss of each, and per precision the median seconds of each; they take turns step by step.
+
+    Raises RuntimeError where "ours" and "transformers" do not compute the same loss.
+    """
     with torch.no_grad():
-        first = {name: loss().item() for name, loss in losses.items()}
+        first = {name: runner.loss().item() for name, runner in runners.items()}
     if abs(first["ours"] - first["transformers"]) > 1e-5:
         raise RuntimeError(f"not the same computation: the losses are {first}")
-    # Ours is what the engine trains with; theirs is torch's default (foreach) one.
-    optimizers = {
-        "ours": torch.optim.AdamW(ours.parameters(), lr=1e-4, fused=True),
-        "transformers": torch.optim.AdamW(theirs.parameters(), lr=1e-4),
-    }
+    optimizers = {name: runner.optimizer() for name, runner in runners.items()}
     precisions = ["fp32", "bf16"] if torch.cpu._is_amx_tile_supported() else ["fp32"]
-    times: dict[tuple[str, str], list[Times]] = {(p, name): [] for p in precisions for name in losses}
+    times: dict[tuple[str, str], list[Times]] = {(p, name): [] for p in precisions for name in runners}
     for repeat in range(warmup + repeats):
         for (precision, name), series in times.items():
-            one = timed_step(losses[name], optimizers[name], precision == "bf16")
+            one = timed_step(runners[name].loss, optimizers[name], precision == "bf16")
             if repeat >= warmup:
                 series.append(one)
-    return {"loss": first, "seconds": {p: {name: medians(times[p, name]) for name in losses} for p in precisions}}
+    return {"loss": first, "seconds": {p: {name: medians(times[p, name]) for name in runners} for p in precisions}}
+
+
+def runners_of(shape: Shape, batch_size: int) -> dict[str, Runner]:
+    """Return both sides with the same weights, signals and masks."""
+    ours, theirs = build(shape)
+    batch = make_batch(ours, batch_size)
+    noise = noise_of(batch["keep"], (shape.size // shape.patch_size) ** 2)
+    return {
+        "ours": Runner(ours, lambda: ours(batch).loss),
+        "transformers": Runner(theirs, lambda: theirs(batch["signal"], noise=noise).loss),
+    }
 
 
 def medians(series: list[Times]) -> dict[str, float]:
@@ -230,10 +247,12 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None, shape: Shape = VIT_B16) -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="MAE ViT-B/16 224 training step: ours against transformers")
-    parser.add_argument("--batch-size", type=int, default=8)
+def report(
+    description: str, runners: Callable[[int], Mapping[str, Runner]], arguments: Sequence[str] | None, batch_size: int
+) -> None:
+    """Read the command line, let ``runners(batch_size)`` race and print the result."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=None, help="torch threads; all cores if not given")
@@ -242,8 +261,14 @@ def main(arguments: Sequence[str] | None = None, shape: Shape = VIT_B16) -> None
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    result = {"machine": machine(), **measure(shape, options.batch_size, options.repeats, options.warmup)}
+    result = {"machine": machine(), **race(runners(options.batch_size), options.repeats, options.warmup)}
     print(json.dumps(result) if options.json else table(result))
+
+
+def main(arguments: Sequence[str] | None = None, shape: Shape = VIT_B16) -> None:
+    """Measure and print."""
+    description = "MAE ViT-B/16 224 training step: ours against transformers"
+    report(description, lambda batch_size: runners_of(shape, batch_size), arguments, batch_size=8)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ Batch: TypeAlias = dict[str, Tensor]
 
 ``signal``: float32 [B, C, *size]; ``index``: int64 [B], the sample's global index; ``seed``: int64 [B], what stochastic
 layers draw from; ``keep`` [B, K] and ``drop`` [B, M]: int64 mask indices; ``target``: int64 [B] class indices, or 0 and
-1 per class, float32 [B, classes].
-An objective uses the keys that it needs.
+1 per class, float32 [B, classes]; ``length``: int64 [B], how much of the signal's last axis is no padding.
+An objective uses the keys that it needs; a modality's views may add keys that its own tokenizer reads.
 """
 
 Grid: TypeAlias = tuple[int, ...]
@@ -31,8 +31,10 @@ Draw: TypeAlias = Callable[[np.random.Generator, Grid], dict[str, np.ndarray[Any
 
 It runs in the data worker, so it must be picklable, and every sample of a batch gets arrays of the same shapes."""
 
-Views: TypeAlias = Callable[[str, Sequence[np.random.Generator], Size], list[Tensor]]
-"""Reads a file once and makes one training signal float32 [C, *size] per generator, drawing from that alone.
+Views: TypeAlias = Callable[[str, Sequence[np.random.Generator], Size], list[dict[str, Tensor]]]
+"""Reads a file once and makes one training sample per generator, drawing from that alone.
+
+A sample is its ``signal``, float32 [C, *size], and perhaps further tensors, of one shape for all samples.
 
 Raises BrokenFile, and must be picklable."""
 
@@ -49,14 +51,25 @@ class Step(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """Cuts a signal into patches and embeds the ones that are asked for. An ``nn.Module``."""
+    """Cuts a signal into patches and embeds the ones that are asked for. An ``nn.Module``.
+
+    It is made for signals [B, ``channels``, *``size``], which have the token grid ``grid``; others have other grids.
+    ``extend`` are the grid's axes along which a longer signal is more of the same (time), not a finer one.
+    """
 
     dim: int
     patch_dim: int
+    channels: int
+    size: Size
     grid: Grid
+    extend: tuple[int, ...]
 
-    def patches(self, signal: Tensor) -> Tensor:
-        """Cut [B, C, *size] into [B, N, P] without learning anything."""
+    def patches(self, batch: Batch) -> Tensor:
+        """Cut the ``signal`` [B, C, *size] of a batch into [B, N, P] without learning anything."""
+        ...
+
+    def pad(self, batch: Batch) -> Tensor | None:
+        """Return which tokens hold padding, bool [B, N]: nobody attends to them, scores or pools them. None: none."""
         ...
 
     def grid_of(self, size: Size) -> Grid:
@@ -76,7 +89,7 @@ class Tokenizer(Protocol):
         ...
 
     def unpatch(self, patches: Tensor, grid: Grid | None = None) -> Tensor:
-        """Invert ``patches`` exactly."""
+        """Invert ``patches`` exactly, back to what was cut: the signal, or for sound its spectrogram."""
         ...
 
 
@@ -93,7 +106,7 @@ class Backbone(Protocol):
         """
         ...
 
-    def layers(self, tokens: Tensor, seeds: Tensor | None = None) -> list[Tensor]:
+    def layers(self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None) -> list[Tensor]:
         """Return the output of every block, each put through the final norm: tensors [B, K, D]."""
         ...
 
@@ -112,17 +125,22 @@ class EncoderModule(Protocol):
         ...
 
     def __call__(
-        self, patches: Tensor, index: Tensor | None = None, seeds: Tensor | None = None, grid: Grid | None = None
+        self,
+        patches: Tensor,
+        index: Tensor | None = None,
+        seeds: Tensor | None = None,
+        grid: Grid | None = None,
+        pad: Tensor | None = None,
     ) -> Tensor:
-        """Encode the patches [B, N, P] at ``index`` [B, K]: [B, num_prefix + K, D]."""
+        """Encode the patches [B, N, P] at ``index`` [B, K]: [B, num_prefix + K, D]; ``pad`` [B, N] marks padding."""
         ...
 
-    def layers(self, signal: Tensor, seeds: Tensor | None = None) -> list[Tensor]:
-        """Return what every block puts out for whole signals [B, C, *size]: tensors [B, num_prefix + N, D]."""
+    def layers(self, batch: Batch) -> list[Tensor]:
+        """Return what every block puts out for the whole signals of a batch: tensors [B, num_prefix + N, D]."""
         ...
 
-    def pool(self, latent: Tensor) -> Tensor:
-        """Pool [B, num_prefix + N, D] to [B, D]."""
+    def pool(self, latent: Tensor, pad: Tensor | None = None) -> Tensor:
+        """Pool [B, num_prefix + N, D] to [B, D], padding [B, N] left out."""
         ...
 
     def save(self, folder: Any, state: Mapping[str, Tensor] | None = None) -> None:
@@ -146,6 +164,16 @@ class Objective(Protocol):
         ...
 
 
+class Reconstruction(NamedTuple):
+    """What an objective made of a batch, as the tokenizer cuts it: float32 [B, C, *size] each."""
+
+    original: Tensor
+    filled: Tensor
+    """The original with the masked patches predicted; what was hidden and not predicted is zero."""
+    hidden: Tensor
+    """1 where the encoder saw nothing, else 0."""
+
+
 class Progress(NamedTuple):
     """Where training stands, for schedules inside an objective (teacher momentum, temperatures)."""
 
@@ -157,8 +185,8 @@ class Progress(NamedTuple):
 class Reconstructs(Objective, Protocol):
     """An objective that can show what it predicts."""
 
-    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return (the signal with masked patches predicted, the mask as 0/1 pixels), both [B, C, *size]."""
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """Return what it sees, and what it predicts of the rest."""
         ...
 
 
@@ -179,6 +207,12 @@ class Modality(Protocol):
 
     name: str
     suffixes: frozenset[str]
+    frame_suffixes: frozenset[str]
+    """What a folder of pictures holds that is one file of this modality; empty where there is no such thing."""
+    timed: bool
+    """Whether a file has pieces from one second to another."""
+    extent_words: tuple[str, ...]
+    """What the numbers of ``inspect`` are."""
 
     @property
     def signal_type(self) -> type[BaseModel]:
@@ -191,7 +225,14 @@ class Modality(Protocol):
         ...
 
     def decode(self, path: str) -> Any:
-        """Decode a file; raises BrokenFile. Must be picklable as a bound method."""
+        """Decode a file, or open it where it is large, for ``eval_transform``; raises BrokenFile.
+
+        Must be picklable as a bound method.
+        """
+        ...
+
+    def inspect(self, path: str) -> tuple[float, ...]:
+        """Decode all of a file and return its extent, in the order of ``extent_words``; raises BrokenFile."""
         ...
 
     def sizes(self, signal: Any) -> Sequence[Size]:
@@ -206,20 +247,60 @@ class Modality(Protocol):
         """Return what reads a file and makes training signals of it."""
         ...
 
-    def eval_transform(self, signal: Any) -> Callable[[Any], Tensor]:
-        """Return what makes a decoded file an evaluation signal, float32 [C, *size] of the size that suits it."""
+    def eval_transform(self, signal: Any, tokenizer: Any) -> Callable[[Any], Tensor]:
+        """Return what makes a decoded file an evaluation signal, float32 [C, *size] of the size that suits it.
+
+        Where a file is looked at several times, [V, C, *size]: results are averaged over the V views.
+        """
         ...
 
     def tokenizer(self, signal: Any, tokenizer: Any, dim: int) -> Tokenizer:
         """Make the tokenizer of width ``dim``."""
         ...
 
-    def extent(self, decoded: Any) -> tuple[int, ...]:
-        """Return the size of a decoded file, for an image (height, width)."""
+    def moments(self, path: str, signal: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return count, sum and sum of squares of what ``signal.mean`` and ``std`` normalise, [channels, 3].
+
+        Raises BrokenFile.
+        """
         ...
 
     def picture(self, x: Tensor, signal: Any) -> np.ndarray[Any, Any]:
-        """Draw one signal [C, *size] as a uint8 picture [h, w, 3]."""
+        """Draw what the tokenizer cuts, [C, *size], as a uint8 picture [h, w, 3]."""
+        ...
+
+    def lattice(self, values: np.ndarray[Any, Any], grid: Grid) -> np.ndarray[Any, Any]:
+        """Arrange one value (or row of values) per token, [N, ...], as ``picture`` does: [rows, columns, ...]."""
+        ...
+
+
+Ticks: TypeAlias = Sequence[tuple[float, str]]
+"""Marks along a side of a picture: pixels from its left or its top, and what stands there."""
+
+
+@runtime_checkable
+class Moves(Modality, Protocol):
+    """A modality whose signals [C, t, h, w] are played; its token grids begin with time."""
+
+    def motion(self, x: Tensor, signal: Any) -> np.ndarray[Any, Any]:
+        """Return what the tokenizer cuts, [C, t, h, w], as frames to be played: uint8 [t, h, w, 3]."""
+        ...
+
+    def pace(self, path: str, signal: Any) -> float:
+        """Return how many frames of a file's evaluation signal pass in a second of it; raises BrokenFile."""
+        ...
+
+
+@runtime_checkable
+class Sounds(Modality, Protocol):
+    """A modality whose signals are heard, and whose pictures show frequencies over time."""
+
+    def sound(self, x: Tensor, signal: Any) -> tuple[Tensor, int]:
+        """Return what the tokenizer cuts, [C, *size], made audible: float32 [samples], and samples per second."""
+        ...
+
+    def axes(self, x: Tensor, signal: Any) -> tuple[Ticks, Ticks]:
+        """Return where seconds (along the width) and Hz (along the height) stand on the picture of x [C, *size]."""
         ...
 
 

@@ -39,22 +39,23 @@ class MixConfig(Piece):
 class MixDraw:
     """Draws how a sample would be mixed with its neighbour; picklable, for the data worker.
 
-    Calling it with a generator and the sample's token grid, of which only the number of axes counts, returns
-    ``mix_weight``, float32 [], the share of the sample's own content, and ``mix_box``, float32 [2 * axes].
+    Calling it with a generator (and a token grid, which does not matter) returns ``mix_weight``, float32 [], the share of
+    the sample's own content, and ``mix_box``, float32 [2 * axes], for signals of so many ``axes``: 2 for pictures, 1 for
+    sound.
     """
 
-    def __init__(self, config: MixConfig) -> None:
-        self.config = config
+    def __init__(self, config: MixConfig, axes: int) -> None:
+        self.config, self.axes = config, axes
 
     def __call__(self, rng: np.random.Generator, grid: Grid) -> dict[str, np.ndarray[Any, Any]]:
         """Draw for one sample; nothing is drawn where mixing is off."""
-        config, weight, box = self.config, 1.0, np.zeros((len(grid), 2))
+        config, weight, box = self.config, 1.0, np.zeros((self.axes, 2))
         if config.active and rng.random() < config.probability:
             cut = rng.random() < config.switch if config.mixup > 0 and config.cutmix > 0 else config.cutmix > 0
             alpha = config.cutmix if cut else config.mixup
             weight = rng.beta(alpha, alpha)
             if cut:
-                box = _box(1 - weight, rng.random(len(grid)))
+                box = _box(1 - weight, rng.random(self.axes))
                 weight = 1 - np.diff(box).prod()
         return {"mix_weight": np.array(weight, np.float32), "mix_box": box.astype(np.float32).ravel()}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,11 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmssl.config import validate
-from mmssl.contracts import Grid
 from mmssl.errors import UserError
 from mmssl.files import save_tensors, write_json
 from mmssl.objectives.classify import Classify, ClassifyConfig
-from modalities.encoder import Encoder, encoder_folder, in_groups, load
+from modalities.encoder import Encoder, encoder_folder, in_groups, load, over_views
 
 FORMAT = 1
 WEIGHTS, FACTS = "classifier.safetensors", "classifier.json"
@@ -28,10 +28,10 @@ Prediction = dict[str, Any]
 class Classifier:
     """Scores files with what fine-tuning left in an encoder folder or a run folder."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Load it, on the CPU; raises UserError, one sentence, where ``path`` holds no classifier."""
+    def __init__(self, path: str | Path, signal: Mapping[str, Any] | None = None) -> None:
+        """Load it, on the CPU, as ``mmssl.load`` does; raises UserError, one sentence, where there is no classifier."""
         folder = encoder_folder(Path(path))
-        encoder = load(folder)
+        encoder = load(folder, signal)
         if not (folder / WEIGHTS).is_file():
             raise UserError(
                 f"{path} holds an encoder without a classifier; fine-tune it first: "
@@ -82,10 +82,12 @@ class Classifier:
         Raises UnusableData naming the first file that is broken.
         """
         predictions = self.ranked(self._logits(inputs), top)
-        several = isinstance(inputs, list | tuple) or (isinstance(inputs, Tensor) and inputs.ndim > self._axes)
+        several = isinstance(inputs, list | tuple) or (
+            isinstance(inputs, Tensor) and inputs.ndim > 1 + self.encoder.axes
+        )
         return predictions if several else predictions[0]
 
-    def scores(self, inputs: Any, batch_size: int = 64) -> Tensor:
+    def scores(self, inputs: Any, batch_size: int | None = None) -> Tensor:
         """Return the probability of every class, float32 [n, C] on the CPU, for inputs as ``classify`` takes them."""
         return self.probabilities(self._logits(inputs, batch_size))
 
@@ -104,21 +106,28 @@ class Classifier:
             for row, best in zip(probabilities, order.tolist(), strict=True)
         ]
 
-    def _logits(self, inputs: Any, batch_size: int = 64) -> Tensor:
+    def _logits(self, inputs: Any, batch_size: int | None = None) -> Tensor:
         rows: list[Tensor] = []
         for signals in self.encoder.batches(inputs, batch_size):
             rows += in_groups(signals, lambda batch: self.features(batch).cpu())
         return torch.stack(rows) if rows else torch.empty(0, len(self.classes))
 
-    @property
-    def _axes(self) -> int:
-        grid: Grid = self.encoder.tokenizer.grid
-        return 1 + len(grid)
-
     @torch.no_grad()
     def features(self, signal: Tensor) -> Tensor:
-        """Return class scores before softmax or sigmoid, float32 [B, C], for preprocessed signals [B, C, *size]."""
-        return self.objective.logits({"signal": signal.to(self.encoder.device, torch.float32)}).float()
+        """Return class scores before softmax or sigmoid, float32 [B, C], for preprocessed signals [B, C, *size].
+
+        Of several views, [B, V, C, *size], the probabilities are averaged, as VideoMAE's public code does.
+        """
+
+        def logits(x: Tensor) -> Tensor:
+            return self.objective.logits({"signal": x.to(self.encoder.device, torch.float32)}).float()
+
+        scores = over_views(logits, signal, self.encoder.axes)
+        if scores.ndim == 2:
+            return scores
+        if self.multi_label:
+            return scores.sigmoid().mean(1).logit()
+        return scores.log_softmax(2).logsumexp(1) - math.log(scores.shape[1])
 
     @property
     def decode(self) -> Callable[[str], Any]:
@@ -129,6 +138,11 @@ class Classifier:
     def transform(self) -> Callable[[Any], Tensor]:
         """The encoder's evaluation transform."""
         return self.encoder.transform
+
+    @property
+    def batch_size(self) -> int:
+        """The encoder's."""
+        return self.encoder.batch_size
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over encoder, head and classes."""

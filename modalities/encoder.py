@@ -2,29 +2,36 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, SerializeAsAny, create_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmssl.backbones.vit import ViTConfig
-from mmssl.config import Piece, validate
-from mmssl.contracts import Backbone, Grid, Modality, Tokenizer
+from mmssl.config import Piece, override, validate
+from mmssl.contracts import Backbone, Batch, Grid, Modality, Tokenizer
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UnusableData, UserError, nearest, sibling
 from mmssl.files import replacing_folder, save_tensors, write_json
+from mmssl.heads.classifier import mean_pool
+from modalities.audio import Audio
 from modalities.image import Image
+from modalities.video import Video
 
-MODALITIES: dict[str, Modality] = {"image": Image()}
+MODALITIES: dict[str, Modality] = {"image": Image(), "video": Video(), "audio": Audio()}
 FORMAT = 1
 DECODE_TIMEOUT = 30.0
+BATCH_VALUES = 64 * 3 * 224 * 224
+"""Numbers in a batch of signals that an encoder is given at once, where nobody says how many: 64 pictures, 4 clips."""
 
 
 class ModelConfig(Piece):
@@ -61,6 +68,22 @@ def in_groups(signals: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -
     for group in groups.values():
         rows.update(zip(group, function(torch.stack([signals[i] for i in group])), strict=True))
     return [rows[i] for i in range(len(signals))]
+
+
+def over_views(function: Callable[[Tensor], Tensor], signal: Tensor, axes: int) -> Tensor:
+    """Return ``function`` of signals [B, C, *size] with so many axes; of several views [B, V, C, *size] a row for each.
+
+    So [B, ...], or [B, V, ...].
+    """
+    if signal.ndim == axes + 2:
+        return function(signal)
+    rows: Tensor = function(signal.flatten(0, 1)).unflatten(0, signal.shape[:2])
+    return rows
+
+
+def one_view(signal: Tensor, axes: int) -> Tensor:
+    """Return a signal [C, *size]; of several views [V, C, *size] the middle one."""
+    return signal if signal.ndim == axes + 1 else signal[len(signal) // 2]
 
 
 def typed(base: type[C], modality: str, where: str, **fields: Any) -> type[C]:
@@ -113,10 +136,20 @@ class Encoder(nn.Module):
         return next(self.parameters()).device
 
     def forward(
-        self, patches: Tensor, index: Tensor | None = None, seeds: Tensor | None = None, grid: Grid | None = None
+        self,
+        patches: Tensor,
+        index: Tensor | None = None,
+        seeds: Tensor | None = None,
+        grid: Grid | None = None,
+        pad: Tensor | None = None,
     ) -> Tensor:
-        """Encode the patches [B, N, P] at ``index`` [B, K] (all if None): [B, num_prefix + K, dim]."""
-        return self.backbone(self._embed(patches, index, grid), None, seeds)
+        """Encode the patches [B, N, P] at ``index`` [B, K] (all if None): [B, num_prefix + K, dim].
+
+        Nobody attends to the patches where ``pad`` [B, N] is True.
+        """
+        if pad is not None:
+            pad = F.pad(pad if index is None else pad.gather(1, index), (self.num_prefix, 0))
+        return self.backbone(self._embed(patches, index, grid), pad, seeds)
 
     def _embed(self, patches: Tensor, index: Tensor | None, grid: Grid | None) -> Tensor:
         tokens = self._tokenizer.embed(patches, index, grid)
@@ -124,23 +157,42 @@ class Encoder(nn.Module):
             return tokens
         return torch.cat([self.cls_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens], dim=1)
 
-    def pool(self, latent: Tensor) -> Tensor:
-        """Pool [B, num_prefix + N, dim] to [B, dim]: the mean of the patch tokens, or the class token."""
-        return latent[:, 0] if self.pooling == "cls" else latent[:, self.num_prefix :].mean(1)
+    def pool(self, latent: Tensor, pad: Tensor | None = None) -> Tensor:
+        """Pool [B, num_prefix + N, dim] to [B, dim]: the mean of the patch tokens, or the class token.
+
+        Where ``pad`` [B, N] is True, a token is left out of the mean.
+        """
+        return latent[:, 0] if self.pooling == "cls" else mean_pool(latent[:, self.num_prefix :], pad)
 
     @torch.no_grad()
     def features(self, signal: Tensor) -> Tensor:
-        """Return float32 [B, dim] for preprocessed signals [B, C, *size] of any size that the patches divide."""
-        return self.pool(self._latent(signal)).float()
+        """Return float32 [B, dim] for preprocessed signals [B, C, *size] of any size that the patches divide.
+
+        Of several views, [B, V, C, *size], the vectors are averaged.
+        """
+        vectors = over_views(lambda x: self.pool(self._latent(x)).float(), signal, self.axes)
+        return vectors.mean(1) if vectors.ndim == 3 else vectors
 
     def _latent(self, signal: Tensor) -> Tensor:
         training = self.training
         self.eval()
         try:
             signal = signal.to(self.device, torch.float32)
-            return self(self._tokenizer.patches(signal), grid=self._tokenizer.grid_of(signal.shape[2:]))  # type: ignore[no-any-return]
+            grid = self._tokenizer.grid_of(signal.shape[2:])
+            return self(self._tokenizer.patches({"signal": signal}), grid=grid)  # type: ignore[no-any-return]
         finally:
             self.train(training)
+
+    @property
+    def axes(self) -> int:
+        """How many axes a signal has besides its channels."""
+        return len(self._tokenizer.size)
+
+    @property
+    def batch_size(self) -> int:
+        """How many signals to encode at once where nobody says so: 64 pictures of 224 pixels, fewer large ones."""
+        values = self._tokenizer.channels * math.prod(self._tokenizer.size)
+        return max(1, min(256, BATCH_VALUES // values))
 
     @property
     def decode(self) -> Callable[[str], Any]:
@@ -150,9 +202,16 @@ class Encoder(nn.Module):
     @cached_property
     def transform(self) -> Callable[[Any], Tensor]:
         """The evaluation transform: a decoded signal to float32 [C, *size]."""
-        return self.kind.eval_transform(self.config.signal)
+        return self.kind.eval_transform(self.config.signal, self.config.model.tokenizer)
 
-    def embed(self, inputs: Any, batch_size: int = 64) -> Tensor:
+    def read(self, path: str) -> Tensor:
+        """Return a file's evaluation signal, [C, *size] or several views of it; raises UnusableData naming the file."""
+        try:
+            return guarded(lambda name: self.transform(self.decode(name)), path, DECODE_TIMEOUT)
+        except BrokenFile as error:
+            raise UnusableData(f"{path}: {error.reason}") from None
+
+    def embed(self, inputs: Any, batch_size: int | None = None) -> Tensor:
         """Return one vector per input: float32 [n, dim] on the CPU.
 
         ``inputs`` is a list of paths, decoded signals (PIL pictures) or preprocessed float tensors [C, *size]; or one
@@ -164,14 +223,15 @@ class Encoder(nn.Module):
         return torch.stack(vectors) if vectors else torch.empty(0, self.dim)
 
     @torch.no_grad()
-    def tokens(self, inputs: Any, batch_size: int = 64) -> tuple[Tensor, Grid]:
+    def tokens(self, inputs: Any, batch_size: int | None = None) -> tuple[Tensor, Grid]:
         """Return one vector per patch, float32 [n, N, dim] on the CPU, and their grid; inputs as ``embed``.
 
-        Raises ValueError where the inputs have different grids.
+        Of a file with several views it is the middle one's. Raises ValueError where the inputs have different grids.
         """
         parts: list[Tensor] = []
         grids: set[Grid] = set()
         for signals in self.batches(inputs, batch_size):
+            signals = [one_view(signal, self.axes) for signal in signals]
             grids |= {self._tokenizer.grid_of(signal.shape[1:]) for signal in signals}
             if len(grids) > 1:
                 raise ValueError(f"the inputs have different token grids ({sorted(grids)}): ask for one at a time")
@@ -182,13 +242,14 @@ class Encoder(nn.Module):
 
     def files(self, path: str | Path, split: str | None = None) -> Listing:
         """Return the files of the encoder's modality in a folder, a manifest or one file: what evaluations take."""
-        return list_files(path, self.kind.suffixes, self.kind.name, split=split)
+        return list_files(path, self.kind, split=split)
 
-    def batches(self, inputs: Any, batch_size: int) -> Iterator[list[Tensor]]:
+    def batches(self, inputs: Any, batch_size: int | None = None) -> Iterator[list[Tensor]]:
         """Yield the preprocessed signals float [C, *size] of inputs as ``embed`` takes them, so many at a time."""
+        batch_size = self.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but got {batch_size}")
-        single = inputs.ndim == 1 + len(self._tokenizer.grid) if isinstance(inputs, Tensor) else False
+        single = inputs.ndim == 1 + self.axes if isinstance(inputs, Tensor) else False
         if single or not isinstance(inputs, Sequence | Tensor) or isinstance(inputs, str):
             inputs = [inputs]
         for start in range(0, len(inputs), batch_size):
@@ -201,20 +262,19 @@ class Encoder(nn.Module):
     def _signal(self, item: Any) -> Tensor:
         if isinstance(item, Tensor):
             return item
-        if isinstance(item, str | Path):
-            try:
-                item = guarded(self.decode, str(item), DECODE_TIMEOUT)
-            except BrokenFile as error:
-                raise UnusableData(f"{item}: {error.reason}") from None
-        return self.transform(item)
+        return self.read(str(item)) if isinstance(item, str | Path) else self.transform(item)
 
-    def layers(self, signal: Tensor, seeds: Tensor | None = None) -> list[Tensor]:
-        """Return what every block puts out for signals [B, C, *size]: tensors [B, num_prefix + N, dim], normalised.
+    def layers(self, batch: Batch) -> list[Tensor]:
+        """Return what every block puts out for the signals of a batch: tensors [B, num_prefix + N, dim], normalised.
 
         Each goes through the final norm, as in DINO's evaluation, so the last one is what ``forward`` returns.
         """
-        grid = self._tokenizer.grid_of(signal.shape[2:])
-        return self.backbone.layers(self._embed(self._tokenizer.patches(signal), None, grid), seeds)
+        tokenizer = self._tokenizer
+        grid, pad = tokenizer.grid_of(batch["signal"].shape[2:]), tokenizer.pad(batch)
+        tokens = self._embed(tokenizer.patches(batch), None, grid)
+        return self.backbone.layers(
+            tokens, None if pad is None else F.pad(pad, (self.num_prefix, 0)), batch.get("seed")
+        )
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over weights and preprocessing: what two encoders share if they embed alike."""
@@ -251,15 +311,16 @@ vectors = encoder.embed(["a-file", "another"])  # float32 [2, {encoder.dim}]
 """
 
 
-def load(path: str | Path) -> Encoder:
+def load(path: str | Path, signal: Mapping[str, Any] | None = None) -> Encoder:
     """Return the encoder in an encoder folder, a run folder (its last encoder) or a ``model.safetensors`` file.
 
+    ``signal`` are settings of ``preprocess`` to read files otherwise than it was trained with, such as more views.
     Raises UserError, one sentence, for anything else; needs neither DeepSpeed nor the data.
     """
     folder = encoder_folder(Path(path))
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        signal = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))
+        preprocess = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: not a readable encoder folder ({error})") from None
@@ -269,7 +330,7 @@ def load(path: str | Path) -> Encoder:
         raise UserError(f"{folder}: written in format {stored.get('format')}, but this mmssl reads format {FORMAT}")
     config = validate(
         typed(EncoderConfig, str(stored.get("modality")), str(folder)),
-        {"modality": stored["modality"], "model": stored.get("model"), "signal": signal},
+        {"modality": stored["modality"], "model": stored.get("model"), "signal": override(preprocess, signal or {})},
         f"{folder}/config.json",
     )
     try:

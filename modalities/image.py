@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmssl.backbones.positions import PositionKind
 from mmssl.config import Piece
-from mmssl.contracts import Views
+from mmssl.contracts import Grid, Views
 from mmssl.data.guard import guarded
 from modalities.augment import Augment
 from modalities.image_read import decode, opened, pixels, to_rgb, upright_size
@@ -131,6 +131,9 @@ class Image:
     """The modality of still pictures."""
 
     name = "image"
+    frame_suffixes = frozenset[str]()
+    timed = False
+    extent_words: tuple[str, ...] = ("height", "width")
     suffixes = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
     signal_type = ImageSignal
     tokenizer_type = ImageTokenizer
@@ -142,9 +145,15 @@ class Image:
         """
         return guarded(decode, path, timeout=None)
 
-    def extent(self, decoded: PIL.Image.Image) -> tuple[int, int]:
-        """Return height and width in pixels."""
-        return decoded.height, decoded.width
+    def inspect(self, path: str) -> tuple[int, int]:
+        """Decode a file and return height and width in pixels; raises BrokenFile."""
+        picture = self.decode(path)
+        return picture.height, picture.width
+
+    def moments(self, path: str, signal: ImageSignal) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return count, sum and sum of squares of the red, green and blue values, on a scale of 0 to 1: [3, 3]."""
+        values = np.asarray(self.decode(path), np.float64).reshape(-1, 3) / 255
+        return np.stack([np.full(3, len(values)), values.sum(0), np.square(values).sum(0)], axis=1)
 
     def sizes(self, signal: ImageSignal) -> tuple[tuple[int, int], ...]:
         """Return ``size`` and the buckets' sizes."""
@@ -166,7 +175,9 @@ class Image:
 
         return ImageViews(signal)
 
-    def eval_transform(self, signal: ImageSignal) -> Callable[[PIL.Image.Image], Tensor]:
+    def eval_transform(
+        self, signal: ImageSignal, tokenizer: ImageTokenizer | None = None
+    ) -> Callable[[PIL.Image.Image], Tensor]:
         """Return a picklable centre crop: RGB picture -> float32 [3, h, w]."""
         return _EvalTransform(signal)
 
@@ -182,6 +193,10 @@ class Image:
         mean, std = _statistics(signal)
         bytes_ = (x.detach().float().cpu() * std + mean) * 255
         return bytes_.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+    def lattice(self, values: np.ndarray[Any, Any], grid: Grid) -> np.ndarray[Any, Any]:
+        """Arrange values of tokens [N, ...] as the picture's rows and columns: [h, w, ...]."""
+        return values.reshape(*grid, *values.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class ImageViews:
 
     signal: ImageSignal
 
-    def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[Tensor]:
+    def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[dict[str, Tensor]]:
         """Return the crops; each generator gives its crop's box, its flip and its augmentation, in this order."""
         with opened(path) as image:
             # The four colours of print (CMYK) are rare and left to Pillow, as evaluation has them.
@@ -53,7 +53,8 @@ class ImageViews:
             scale = draft_scale(height, width, self.signal, size) if jpeg is not None else 1
             decoded = picture if jpeg is None else _decode_jpeg(jpeg, path, scale)
             crops = [resampled(decoded, tuple(side / scale for side in box), stored) for box in boxes]
-        return [self._finish(upright(crop, turn), rng) for crop, rng in zip(crops, rngs, strict=True)]
+        finished = (self._finish(upright(crop, turn), rng) for crop, rng in zip(crops, rngs, strict=True))
+        return [{"signal": signal} for signal in finished]
 
     def _finish(self, crop: Tensor, rng: np.random.Generator) -> Tensor:
         if rng.random() < 0.5 and self.signal.flip:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +138,7 @@ def synthetic(objective: nn.Module, size: Size, device: str = "meta") -> Batch:
     """Return a batch of one sample of ``size`` for an objective; on "meta" its signal has a shape and nothing else."""
     viewed = as_objective(objective)
     tokenizer = next(iter(viewed.encoders().values())).tokenizer
-    grid = tokenizer.grid_of(size)
-    blank = tokenizer.unpatch(torch.empty(1, prod(grid), tokenizer.patch_dim, device="meta"), grid)
-    return sample_batch(tuple(blank.shape[1:]), viewed.draw(), grid, device)
+    return sample_batch((tokenizer.channels, *size), viewed.draw(), tokenizer.grid_of(size), device)
 
 
 def as_objective(module: nn.Module) -> Objective:

@@ -15,7 +15,7 @@ from mmssl.distributed import world
 from mmssl.errors import MmsslError, UserError, is_out_of_memory
 from tasks import cli_measure as measure
 from tasks.build import load_recipe, recipe_names, recipe_path
-from tasks.cli_options import DeepSpeedConfig, Json, LocalRank, Overrides, Resume, emit
+from tasks.cli_options import DeepSpeedConfig, Json, LocalRank, Overrides, Resume, SkipBroken, emit
 
 app = typer.Typer(
     name="mmssl",
@@ -126,6 +126,41 @@ def check(
     emit(result, as_json)
     if result.broken:
         raise typer.Exit(3)
+
+
+@data_app.command()
+def shrink(
+    path: Annotated[Path, typer.Argument(help="A folder of videos, a manifest or one video.")],
+    out: Annotated[Path, typer.Argument(help="The folder for the copies: new, empty or begun by this command.")],
+    short_side: Annotated[int, typer.Option(help="Pixels of the shorter side; even. Nothing is enlarged.")] = 256,
+    workers: Annotated[int | None, typer.Option(min=1, help="Files at a time; one per core by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Re-encode videos small and cheap to read, so that training waits less for data."""
+    from tasks.data_shrink import shrink as run
+
+    result = run(path, out, short_side, workers)
+    emit(result, as_json)
+    if result.all_broken:
+        raise typer.Exit(3)
+
+
+@data_app.command()
+def stats(
+    path: Annotated[Path, typer.Argument(help="A folder or a manifest.")],
+    overrides: Overrides = None,
+    modality: Annotated[str, typer.Option(help="Which media to look for.")] = "audio",
+    recipe: Annotated[str | None, typer.Option(help="Take the modality and the other settings from this.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of the data; 'train' if it has one.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
+    skip_broken: SkipBroken = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the mean and the deviation that signal.mean and signal.std are for."""
+    from tasks.data_stats import stats as run
+
+    settings = parse_assignments(overrides or ())
+    emit(run(path, modality, recipe, settings, split, workers, skip_broken), as_json)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,7 +11,9 @@ import typer
 from mmssl.config import parse_assignments
 from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UserError
+from modalities.classifier import Classifier
 from modalities.encoder import load
+from tasks.build import default_device
 from tasks.cli_options import (
     DeepSpeedConfig,
     EncoderPath,
@@ -21,6 +23,7 @@ from tasks.cli_options import (
     Out,
     Overrides,
     Resume,
+    Signal,
     SkipBroken,
     TestData,
     TestSplit,
@@ -43,7 +46,9 @@ def finetune(
     shots: Annotated[int | None, typer.Option(help="Use this many training labels per class.")] = None,
     seeds: Annotated[str | None, typer.Option(help="One run per seed, such as 0,1,2: mean and deviation.")] = None,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights: the baseline.")] = False,
-    protocol: Annotated[str, typer.Option(help="plain (few labels, small data), or mae as published.")] = "plain",
+    protocol: Annotated[
+        str, typer.Option(help="plain (few labels, small data); as published: mae, videomae, audiomae.")
+    ] = "plain",
     validation: Annotated[
         str | None,
         typer.Option(help="Hold this share of the labelled training files out; keep the weights best on it."),
@@ -70,7 +75,7 @@ def finetune(
     halves, kind = pair(loaded, train, test, train_split, test_split), loaded.kind
     measured_on: str | Listing | None = validation
     if validation_split is not None:
-        measured_on = list_files(train, kind.suffixes, kind.name, split=validation_split)
+        measured_on = list_files(train, kind, split=validation_split)
     options: FinetuneOptions = {
         "label_column": label_column, "labels": labels, "shots": shots, "scratch": scratch, "protocol": protocol,
         "validation": measured_on, "multi_label": multi_label, "separator": separator, "skip_broken": skip_broken,
@@ -91,13 +96,15 @@ def predict(
     top: Annotated[int, typer.Option(help="How many classes to name for each file.")] = 5,
     out: Annotated[Path | None, typer.Option(help="A .jsonl, .csv or .parquet file to write.")] = None,
     split: Annotated[str | None, typer.Option(help="Which split of a manifest; all of it by default.")] = None,
+    signal: Signal = None,
     skip_broken: SkipBroken = False,
     as_json: Json = False,
 ) -> None:
     """Name the classes of files with a fine-tuned encoder."""
     from tasks.predict import predict as run
 
-    emit(run(classifier, files, top=top, out=out, split=split, skip_broken=skip_broken), as_json)
+    loaded = Classifier(classifier, parse_assignments(signal or ())).to(default_device())
+    emit(run(loaded, files, top=top, out=out, split=split, skip_broken=skip_broken), as_json)
 
 
 def knn(
@@ -109,6 +116,7 @@ def knn(
     label_column: LabelColumn = "label",
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
+    signal: Signal = None,
     skip_broken: SkipBroken = False,
     out: Out = None,
     as_json: Json = False,
@@ -121,7 +129,7 @@ def knn(
     except ValueError:
         raise UserError(f"--k {k}: give whole numbers separated by commas, such as 10,20,100") from None
     writable(out)
-    loaded = load(encoder)
+    loaded = load(encoder, parse_assignments(signal or ()))
     listings = pair(loaded, train, test, train_split, test_split)
     result = run(loaded, *listings, label_column, counts, temperature, skip_broken=skip_broken)
     keep(result, out, "knn.json")
@@ -144,6 +152,7 @@ def linear_probe(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the hold-out, the intervals and the training.")
     ] = 0,
+    signal: Signal = None,
     skip_broken: SkipBroken = False,
     out: Out = None,
     as_json: Json = False,
@@ -155,7 +164,7 @@ def linear_probe(
     if batch_norm is not None:
         settings["objective.head.batch_norm"] = batch_norm
     writable(out)
-    loaded = load(encoder)
+    loaded = load(encoder, parse_assignments(signal or ()))
     result = run(
         loaded, *pair(loaded, train, test, train_split, test_split), protocol, out, per_layer=per_layer,
         label_column=label_column, seed=seed, skip_broken=skip_broken, overrides=settings,
@@ -168,14 +177,15 @@ def embed(
     data: Annotated[Path, typer.Argument(metavar="PATH", help="A file, a folder or a manifest.")],
     out: Annotated[Path, typer.Option(help="The parquet file to write: path, split, label, vector.")],
     split: Annotated[str | None, typer.Option(help="Which split of the data; all of it by default.")] = None,
+    signal: Signal = None,
     skip_broken: SkipBroken = False,
     as_json: Json = False,
 ) -> None:
     """Write one vector per file."""
     from tasks.embed import embed as run
 
-    loaded = load(encoder)
-    listing = list_files(data, loaded.kind.suffixes, loaded.kind.name, split=split)
+    loaded = load(encoder, parse_assignments(signal or ()))
+    listing = list_files(data, loaded.kind, split=split)
     emit(run(loaded, listing, out, skip_broken=skip_broken), as_json)
 
 
@@ -183,7 +193,9 @@ def show(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A run, an encoder, or a parquet file of vectors.")],
     files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="What to show it of.")] = None,
     *,
-    out: Annotated[Path, typer.Option(help="The .png, or .html for many files, to write.")],
+    out: Annotated[
+        Path, typer.Option(help="The .png, or .html for many files; reconstructions: .gif and .webp move, .wav sounds.")
+    ],
     panel: Annotated[
         str | None, typer.Option(help="reconstruction, attention, pca, tsne or neighbours; what suits the source.")
     ] = None,

@@ -21,6 +21,10 @@ TestSplit = Annotated[str | None, typer.Option(help="Which split of --test; 'tes
 LabelColumn = Annotated[str, typer.Option(help="Manifest column with the labels.")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave broken files out and report how many.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value]...", help="Settings to change.")]
+Signal = Annotated[
+    list[str] | None,
+    typer.Option("--signal", metavar="KEY=VALUE", help="Read files otherwise than in training, such as views=[5,3]."),
+]
 Out = Annotated[
     Path | None, typer.Option("--out", help="Folder for the result as JSON (and the run, where one is trained).")
 ]
@@ -77,6 +81,6 @@ def pair(
     """List the training and the test files of an encoder's modality."""
     kind = encoder.kind
     return (
-        list_files(train, kind.suffixes, kind.name, split=train_split, default_split="train"),
-        list_files(test, kind.suffixes, kind.name, split=test_split, default_split="test"),
+        list_files(train, kind, split=train_split, default_split="train"),
+        list_files(test, kind, split=test_split, default_split="test"),
     )

@@ -1,42 +1,24 @@
 """``mmssl data check``: decode every file once, in parallel, and say which are broken and why."""
 
 import math
-import multiprocessing
-import os
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmssl.contracts import Modality
-from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.ledger import Ledger
 from mmssl.data.listing import list_files
-from mmssl.errors import MmsslError, UserError, nearest
+from mmssl.errors import UserError, nearest
 from modalities.encoder import DECODE_TIMEOUT, MODALITIES
+from tasks.parallel import each_file
 
-CHUNK = 16
-"""Files per task of a worker: small enough that little is repeated when one of them kills its process."""
-WAVE = 32
-"""Tasks per worker that are handed out before results are awaited, which bounds memory for a million files."""
 SHOWN = 20
 """Broken files that the table names; the ledger and --json name them all."""
-CRASHED = "crashes its decoder"
-
-
-class Outcome(NamedTuple):
-    """What came of one file: why it is broken, or how large it is."""
-
-    reason: str | None
-    extent: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,8 +32,8 @@ class CheckResult:
     """``path`` and ``reason`` of every broken file, in the order of the data."""
     ignored: dict[str, int]
     """Suffix -> how many files are not of this modality."""
-    extents: dict[str, list[int]]
-    """The smallest, median and largest file that decodes, for an image as [height, width]; {} if none does."""
+    extents: dict[str, list[float]]
+    """The smallest, median and largest file that decodes, as numbers of what ``extent_words`` say; {} if none does."""
 
     @property
     def files(self) -> int:
@@ -68,6 +50,7 @@ class CheckResult:
             "broken": self.broken,
             "ignored": self.ignored,
             "size": self.extents,
+            "size_words": list(MODALITIES[self.modality].extent_words),
         }
 
     def render(self, console: Console) -> None:
@@ -82,7 +65,9 @@ class CheckResult:
             table.add_row(f"ignored: {escape(suffix) or 'no suffix'}", str(count))
         console.print(table)
         for which, extent in self.extents.items():
-            console.print(f"{which:>8}: {' x '.join(map(str, extent))}", highlight=False)
+            words = MODALITIES[self.modality].extent_words
+            numbers = ", ".join(f"{word} {value:g}" for word, value in zip(words, extent, strict=True))
+            console.print(f"{which:>8}: {numbers}", highlight=False)
         for entry in self.broken[:SHOWN]:
             console.print(f"[red]broken[/red] {escape(entry['path'])}: {escape(entry['reason'])}", soft_wrap=True)
         if len(self.broken) > SHOWN:
@@ -103,17 +88,19 @@ def check(
     """
     if modality not in MODALITIES:
         raise UserError(f"'{modality}' is not a modality{nearest(modality, MODALITIES)}")
-    listing = list_files(path, MODALITIES[modality].suffixes, modality)
+    listing = list_files(path, MODALITIES[modality])
     if ledger_out is not None:
         ledger_out.parent.mkdir(parents=True, exist_ok=True)
         ledger_out.unlink(missing_ok=True)
     ledger = Ledger(ledger_out)
     broken: list[dict[str, str]] = []
-    extents: Counter[tuple[int, ...]] = Counter()
-    for i, outcome in enumerate(_outcomes(listing.paths, MODALITIES[modality], workers or _cores())):
-        if outcome.reason is None:
-            extents[outcome.extent] += 1
+    extents: Counter[tuple[float, ...]] = Counter()
+    outcomes = each_file(MODALITIES[modality].inspect, listing.paths, workers, DECODE_TIMEOUT)
+    for i, outcome in enumerate(outcomes):
+        if outcome.value is not None:
+            extents[outcome.value] += 1
         else:
+            assert outcome.reason is not None
             broken.append({"path": listing.name(i), "reason": outcome.reason})
             ledger.add(**broken[-1])
         if progress is not None:
@@ -121,7 +108,7 @@ def check(
     return CheckResult(str(path), modality, extents.total(), broken, listing.ignored, _summary(extents))
 
 
-def _summary(extents: Counter[tuple[int, ...]]) -> dict[str, list[int]]:
+def _summary(extents: Counter[tuple[float, ...]]) -> dict[str, list[float]]:
     if not extents:
         return {}
     by_size = sorted(extents, key=lambda extent: (math.prod(extent), extent))
@@ -131,80 +118,3 @@ def _summary(extents: Counter[tuple[int, ...]]) -> dict[str, list[int]]:
         if passed >= middle:
             break
     return {"smallest": list(by_size[0]), "median": list(median), "largest": list(by_size[-1])}
-
-
-def _outcomes(paths: list[str], kind: Modality, workers: int) -> Iterator[Outcome]:
-    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    workers = min(workers, len(chunks))
-    wave = WAVE * workers
-    for start in range(0, len(chunks), wave):
-        pool = _pool(workers)
-        try:
-            futures = [_submit(pool, kind, chunk) for chunk in chunks[start : start + wave]]
-            for chunk, future in zip(chunks[start : start + wave], futures, strict=True):
-                try:
-                    yield from future.result()
-                except BrokenProcessPool:
-                    yield from _one_by_one(kind, chunk)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _one_by_one(kind: Modality, paths: list[str]) -> Iterator[Outcome]:
-    # A file killed its process and the pool with it, but nobody says which: each that was under way gets its own try.
-    pool = _pool(1)
-    try:
-        for path in paths:
-            try:
-                yield from _submit(pool, kind, [path]).result()
-            except BrokenProcessPool:
-                yield Outcome(CRASHED, ())
-                pool.shutdown()
-                pool = _pool(1)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Forking this process would copy whatever threads hold; the fork server imports torch once for all workers.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["modalities.encoder"])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
-    try:
-        pool.submit(os.getpid).result()
-    except BrokenProcessPool:
-        raise MmsslError(
-            "the processes that decode cannot start; a script that calls this needs `if __name__ == '__main__':`"
-        ) from None
-    return pool
-
-
-def _submit(pool: ProcessPoolExecutor, kind: Modality, paths: list[str]) -> "Future[list[Outcome]]":
-    try:
-        return pool.submit(_scan, kind, paths)
-    except BrokenProcessPool as error:  # it broke while the wave was still being handed out
-        future: Future[list[Outcome]] = Future()
-        future.set_exception(error)
-        return future
-
-
-def _ignore_interrupts() -> None:
-    # Ctrl-C reaches the whole process group; the parent alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _scan(kind: Modality, paths: list[str]) -> list[Outcome]:
-    return [_look(kind, path) for path in paths]
-
-
-def _look(kind: Modality, path: str) -> Outcome:
-    try:
-        return Outcome(None, kind.extent(guarded(kind.decode, path, DECODE_TIMEOUT)))
-    except BrokenFile as error:
-        return Outcome(error.reason, ())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

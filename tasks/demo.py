@@ -156,7 +156,7 @@ def unpack(archive: Path, folder: Path) -> None:
 def digits(data: Path, split: str) -> Listing:
     """Return the digits of a split; the emoji have no labels and are there for their colours."""
     kind = MODALITIES["image"]
-    listing = list_files(data, kind.suffixes, kind.name, split=split)
+    listing = list_files(data, kind, split=split)
     return listing.select([i for i, source in enumerate(listing.columns["source"]) if source == "digits"])
 
 
@@ -179,7 +179,7 @@ def report(result: DemoResult, data: Path) -> None:
         highlight=[0],
     )
     kind = MODALITIES["image"]
-    held_out = list_files(data, kind.suffixes, kind.name, split="test")
+    held_out = list_files(data, kind, split="test")
     emoji = [i for i, source in enumerate(held_out.columns["source"]) if source == "emoji"]
     digit = [i for i, source in enumerate(held_out.columns["source"]) if source == "digits"][:: 2000 // 6]
     sections = run_sections(Run(result.out / "pretrained"), held_out.select([*digit[:6], *emoji]), held_out=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmssl.data.dataset import prepare_worker, worker_count
+from mmssl.data.fragment import file_of, overlapping
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.listing import Listing
 from mmssl.distributed import world
@@ -40,7 +41,12 @@ class Extractor(Protocol):
 
     @property
     def transform(self) -> Callable[[Any], Tensor]:
-        """Turn what was decoded into a float32 signal [C, *size] of one size; picklable."""
+        """Turn what was decoded into a float32 signal [C, *size], or several views [V, C, *size]; picklable."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """How many signals to take at once."""
         ...
 
     def features(self, signal: Tensor) -> Tensor:
@@ -70,12 +76,17 @@ class Preprocessing(Protocol):
         """As ``Extractor.transform``."""
         ...
 
+    @property
+    def batch_size(self) -> int:
+        """As ``Extractor.batch_size``."""
+        ...
+
 
 class RawPixels:
     """Stands in for an encoder with its preprocessed signals, flattened: the baseline in which nothing is learned."""
 
     def __init__(self, encoder: Preprocessing) -> None:
-        self.decode, self.transform = encoder.decode, encoder.transform
+        self.decode, self.transform, self.batch_size = encoder.decode, encoder.transform, encoder.batch_size
         self._settings = json.dumps(encoder.preprocess, sort_keys=True, default=str)
 
     def features(self, signal: Tensor) -> Tensor:
@@ -91,7 +102,7 @@ class DecodeOnly:
     """Stands in for an encoder where files are to be read and nothing is to be computed: vectors of no numbers."""
 
     def __init__(self, encoder: "Extractor") -> None:
-        self.decode, self.transform = encoder.decode, encoder.transform
+        self.decode, self.transform, self.batch_size = encoder.decode, encoder.transform, encoder.batch_size
 
     def features(self, signal: Tensor) -> Tensor:
         """Return [B, 0]."""
@@ -118,7 +129,7 @@ class NonFiniteFeatures(UnusableData):
 class ExtractOptions(TypedDict, total=False):
     """The options of ``extract``, which every frozen evaluation passes on."""
 
-    batch_size: int
+    batch_size: int | None
     workers: int | Literal["auto"]
     skip_broken: bool
     cache: CacheFolder
@@ -129,7 +140,7 @@ class ExtractOptions(TypedDict, total=False):
 def extract(
     encoder: Extractor,
     listing: Listing,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     workers: int | Literal["auto"] = "auto",
     skip_broken: bool = False,
     cache: CacheFolder = "auto",
@@ -138,7 +149,8 @@ def extract(
 ) -> Features:
     """Return the features of every file, from the cache where nothing changed since they were computed.
 
-    ``workers`` processes decode (auto: one less than the cores, at most 8), each file in at most ``timeout`` seconds.
+    ``batch_size`` None is the encoder's own. ``workers`` processes decode (auto: one less than the cores, at most 8),
+    each file in at most ``timeout`` seconds.
     Raises UnusableData for a broken file, unless ``skip_broken`` leaves it out and reports it, and for features that
     are NaN or infinite. Features with files left out are not cached: what timed out today may be whole tomorrow.
     """
@@ -211,7 +223,7 @@ def _loader(
 def compute(
     encoder: Extractor,
     listing: Listing,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     workers: int | Literal["auto"] = "auto",
     skip_broken: bool = False,
     timeout: float = 30.0,
@@ -221,7 +233,8 @@ def compute(
     vectors: dict[int, Tensor] = {}
     skipped: list[tuple[str, str]] = []
     batch: _Loaded
-    for batch in _loader(encoder, listing, batch_size, workers, timeout):
+    size = encoder.batch_size if batch_size is None else batch_size
+    for batch in _loader(encoder, listing, size, workers, timeout):
         whole, broken = batch
         for index, reason in broken:
             if not skip_broken:
@@ -256,7 +269,7 @@ def _key(encoder: Extractor, listing: Listing) -> str:
     digest = hashlib.sha256(encoder.fingerprint().encode())
     for path in listing.paths:
         try:
-            stat = os.stat(path)  # noqa: PTH116 - a Path per file is slow for a million files
+            stat = os.stat(file_of(path))  # noqa: PTH116 - a Path per file is slow for a million files
             facts = [path, stat.st_size, stat.st_mtime_ns]
         except (OSError, ValueError):
             facts = [path, None, None]
@@ -361,8 +374,7 @@ def class_targets(train: Listing, test: Listing, label_column: str = "label") ->
         more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
         words = ", ".join(f"'{label}'" for label in unseen[:3]) + more
         raise UserError(f"{test.root}: no training sample in {train.root} has the test label {words}")
-    # By the file that a path leads to, not by its spelling.
-    shared = {os.path.realpath(path) for path in train.paths} & {os.path.realpath(path) for path in test.paths}
+    shared = overlapping(train.paths, test.paths)
     if shared:
         raise UserError(f"{len(shared)} files, such as {min(shared)}, are in both the training and the test set")
     number = {label: i for i, label in enumerate(classes)}

@@ -4,12 +4,12 @@ Every part depends on (labels, seed) alone, so runs that are to be compared, fro
 """
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mmssl.data.fragment import overlapping, real
 from mmssl.data.listing import Listing
 from mmssl.errors import UserError, nearest
 from tasks.features import class_targets, commonest_share
@@ -83,8 +83,8 @@ def check_known(labels: Sequence[set[str]], classes: list[str], listing: Listing
 
 
 def check_disjoint(a: Listing, b: Listing, what: str) -> None:
-    """Raise UserError where a file is in both, by whatever spelling of its path."""
-    shared = {os.path.realpath(path) for path in a.paths} & {os.path.realpath(path) for path in b.paths}
+    """Raise UserError where a file, or a moment of it, is in both, by whatever spelling of its path."""
+    shared = overlapping(a.paths, b.paths)
     if shared:
         raise UserError(f"{len(shared)} files, such as {min(shared)}, are in {what}")
 
@@ -164,7 +164,7 @@ def rows_of_files(paths: Sequence[str]) -> list[list[int]]:
     """Return for every file that ``paths`` lead to, in order of first appearance, the indices of those that do."""
     rows: dict[str, list[int]] = {}
     for i, path in enumerate(paths):
-        rows.setdefault(os.path.realpath(path), []).append(i)
+        rows.setdefault(real(path).file, []).append(i)
     return list(rows.values())
 
 

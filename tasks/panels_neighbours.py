@@ -14,8 +14,8 @@ from modalities.encoder import Encoder
 from tasks.embed import labels_of
 from tasks.features import extract
 from tasks.knn import neighbours
-from tasks.panels import Block, Files, Line, Panel, Shot, legible, read_signal
-from tasks.panels_tokens import pixels_of
+from tasks.panels import Block, Files, Line, Panel, Shot, arranged, legible, read_signal
+from tasks.panels_media import view_of
 
 
 def neighbours_panel(
@@ -41,11 +41,11 @@ def neighbours_panel(
     blocks, facts = [], []
     for name, signal, real, similarity, index in zip(files.names, signals, asked, *found, strict=True):
         others = [(float(s), int(i)) for s, i in zip(similarity, index, strict=True) if own[int(i)] != real][:k]
-        shots = [Shot(_caption("query", label_of.get(real)), pixels_of(encoder, signal))]
+        shots = [Shot(_caption("query", label_of.get(real)), view_of(encoder, signal).shown())]
         for value, i in others:
             place = known.kept[i]
-            picture = pixels_of(encoder, read_signal(encoder.config, folder.paths[place]))
-            shots.append(Shot(_caption(f"{value:.4f}", labels[i], folder.name(place)), picture))
+            shown = view_of(encoder, read_signal(encoder.config, folder.paths[place])).shown()
+            shots.append(Shot(_caption(f"{value:.4f}", labels[i], folder.name(place)), shown))
         blocks.append(Block(name, [Line("", shots)]))
         facts.append(
             [{"path": folder.name(known.kept[i]), "label": labels[i], "similarity": value} for value, i in others]
@@ -59,7 +59,7 @@ def neighbours_panel(
     note += f" There are no more than {fewest} others." if fewest < k else ""
     if skipped:
         note += f" {len(skipped)} broken file{' is' if len(skipped) == 1 else 's are'} left out."
-    return Panel("Nearest neighbours", note, blocks), {"neighbours": facts, "skipped": skipped}
+    return Panel("Nearest neighbours", note, arranged(blocks)), {"neighbours": facts, "skipped": skipped}
 
 
 def _caption(*lines: str | None) -> str:

@@ -16,31 +16,18 @@ from mmssl.backbones.vit import ViT
 from mmssl.contracts import Grid
 from mmssl.errors import UnusableData, UserError
 from modalities.encoder import Encoder
-from tasks.panels import Block, Line, Panel, Shot
+from tasks.panels import Block, Line, Panel, Shot, arranged
+from tasks.panels_media import View, view_of
 from tasks.report import Picture
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-def spread(values: np.ndarray[Any, Any], grid: Grid, like: Picture) -> np.ndarray[Any, Any]:
-    """Spread one value (or row of values) per token, [N, ...], over the pixels of a picture: [h, w, ...]."""
-    if len(grid) != 2:
-        raise UserError(f"tokens on a {len(grid)}-D grid cannot be drawn; it takes a grid of rows and columns")
-    lattice = values.reshape(*grid, *values.shape[1:])
-    rows, columns = (np.arange(pixels) * n // pixels for pixels, n in zip(like.shape[:2], grid, strict=True))
-    return np.asarray(lattice[rows[:, None], columns[None, :]])
-
-
 def _finite(values: Tensor, name: str) -> Tensor:
     if not bool(values.isfinite().all()):
         raise UnusableData(f"{name}: its features are NaN or infinite")
     return values
-
-
-def pixels_of(encoder: Encoder, signal: Tensor) -> Picture:
-    """Return what the encoder sees of a signal [C, *size], as a picture."""
-    return encoder.kind.picture(signal, encoder.config.signal)
 
 
 # Attention
@@ -67,27 +54,25 @@ def attention_panel(encoder: Encoder, names: Sequence[str], signals: Sequence[Te
     share = f"{100 * mass:g} %"
     blocks = []
     for name, signal in zip(names, signals, strict=True):
-        weights, grid = attention_to_patches(encoder, signal)
-        _finite(weights, name)
-        picture = pixels_of(encoder, signal)
-        heat: list[Shot | None] = [Shot("input", picture)]
+        weights = _finite(attention_to_patches(encoder, signal)[0], name)
+        view = view_of(encoder, signal)
+        heat: list[Shot | None] = [Shot("input", view.shown())]
         kept: list[Shot | None] = [None]  # once is enough
         for head, (row, mask) in enumerate(zip(weights, heaviest(weights, mass), strict=True), start=1):
-            heat.append(Shot(f"head {head}", _heat(row.numpy(), grid, picture)))
-            lit = spread(mask.numpy(), grid, picture)[..., None]
-            kept.append(Shot(f"{int(mask.sum())} of {len(mask)}", np.where(lit, picture, picture // 5)))
+            heat.append(Shot(f"head {head}", view.shown(_heat(view, row.numpy()))))
+            lit = np.where(view.spread(mask.numpy())[..., None], view.picture, view.picture // 5)
+            kept.append(Shot(f"{int(mask.sum())} of {len(mask)}", view.shown(lit)))
         lines = [Line("attention", heat), Line(f"patches with {share} of it", kept)]
         blocks.append(Block(name, lines))
     note = (
         f"Attention of {whose}. Each map goes from 0 (dark) to its head's largest weight (bright). Below it, lit, the "
         f"fewest patches that together hold {share} of the head's attention to patches."
     )
-    return Panel("Attention of the last block, by head", note, blocks)
+    return Panel("Attention of the last block, by head", note, arranged(blocks))
 
 
-def _heat(weights: np.ndarray[Any, Any], grid: Grid, like: Picture) -> Picture:
-    colours: Picture = colormaps["inferno"](weights / max(float(weights.max()), 1e-30), bytes=True)[:, :3]
-    return spread(colours, grid, like)
+def _heat(view: View, weights: np.ndarray[Any, Any]) -> Picture:
+    return view.spread(colormaps["inferno"](weights / max(float(weights.max()), 1e-30), bytes=True)[:, :3])
 
 
 # Principal components
@@ -108,7 +93,7 @@ def pca_panel(
     # Sums in an order of their own, so that the order of the files does not change the last bit.
     order = sorted(range(len(tokens)), key=lambda i: tokens[i].tobytes())
     joint = np.concatenate([tokens[i] for i in order])
-    border = np.concatenate([_border(grids[i]) for i in order])
+    border = np.concatenate([_border(grids[i], encoder.tokenizer.extend) for i in order])
     shown = _foreground(joint, border) if foreground else np.ones(len(joint), dtype=bool)
     colours, shares = component_colours(joint, shown)
     ends = np.cumsum([len(tokens[i]) for i in order])
@@ -116,9 +101,12 @@ def pca_panel(
     sides = dict(zip(order, map(_one_side, np.split(shown, ends[:-1])), strict=True)) if foreground else {}
     blocks = []
     for i, (name, signal) in enumerate(zip(names, signals, strict=True)):
-        picture = pixels_of(encoder, signal)
+        view = view_of(encoder, signal)
         side = f"\nall {sides[i]}" if sides.get(i) else ""
-        shots = [Shot("input", picture), Shot(f"components 1-3{side}", spread(parts[i], grids[i], picture))]
+        shots = [
+            Shot("input", view.shown()),
+            Shot(f"components 1-3{side}", view.shown(view.spread(parts[i]))),
+        ]
         blocks.append(Block(name, [Line("", shots)]))
     facts: dict[str, Any] = {"explained": shares.tolist()}
     note = f"One basis for all files: equal colours mean alike tokens. {_explained(shares)}"
@@ -128,22 +116,22 @@ def pca_panel(
             f" Black: background, the side of the first component that is commoner along the border "
             f"({100 * (1 - shown.mean()):.0f} % of the patches); the components are of the rest alone."
         ) + _undivided([name for name in sides.values() if name], len(signals))
-    return Panel("Principal components of the patch tokens", note, blocks), facts
+    return Panel("Principal components of the patch tokens", note, arranged(blocks)), facts
 
 
 def _one_side(shown: Bools) -> str:
-    """Return what all patches of one picture are, shown [N] or not; "" for a picture with both."""
+    """Return what all patches of one file are, shown [N] or not; "" for a file with both."""
     return "foreground" if shown.all() else "" if shown.any() else "background"
 
 
 def _undivided(sides: Sequence[str], files: int) -> str:
-    """Return a warning of pictures whose patches all lie on one side of the first component; nothing for none."""
+    """Return a warning of files whose patches all lie on one side of the first component; nothing for none."""
     if not sides:
         return ""
     counts = " and ".join(f"{n} all {side}" for side, n in sorted(Counter(sides).items()))
     return (
-        f" Of {files} pictures, {counts}: the first component divides the pictures rather than the things in them "
-        "from what is behind; try more or other files."
+        f" Of {files} files, {counts}: the first component divides the files rather than what is in them from what is "
+        "behind; try more or other files."
     )
 
 
@@ -185,9 +173,10 @@ def principal(tokens: Floats, count: int = 3) -> tuple[Floats, Floats]:
     return values, shares
 
 
-def _border(grid: Grid) -> Bools:
+def _border(grid: Grid, extend: tuple[int, ...]) -> Bools:
     inside = np.zeros(grid, dtype=bool)
-    inside[tuple(slice(1, -1) for _ in grid)] = True
+    # Time has no border: what is there at the beginning and the end need not lie behind the rest.
+    inside[tuple(slice(None) if axis in extend else slice(1, -1) for axis in range(len(grid)))] = True
     return ~inside.ravel()
 
 

@@ -17,7 +17,8 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from mmssl.errors import UnusableData, UserError, nearest
-from tasks.panels import DPI, INK, SOFT, Block, Line, Panel, Shot, legible, rasterize
+from tasks.panels import Block, Line, Panel, Shot, legible
+from tasks.panels_page import DPI, INK, SOFT, rasterize
 
 HUES = (
     "#0092ff", "#ff5b00", "#009224", "#c82492", "#6d37db", "#002492", "#00ed6d", "#ff80ff", "#6d005b", "#494900",

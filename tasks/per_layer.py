@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mmssl.data.listing import Listing
-from modalities.encoder import Encoder
+from modalities.encoder import Encoder, over_views
 from tasks.features import ExtractOptions, Labelled, labelled_features
 from tasks.linear_probe import ProbeResult, probe_features
 from tasks.metrics import Score, score_table, scores_as_dict
@@ -32,13 +32,19 @@ class Layers:
         self._encoder = encoder.eval()
         self.decode: Callable[[str], Any] = encoder.decode
         self.transform: Callable[[Any], Tensor] = encoder.transform
+        self.batch_size = encoder.batch_size
 
     @torch.no_grad()
     def features(self, signal: Tensor) -> Tensor:
         """Return float32 [B, layers * dim] for signals [B, C, *size]."""
         encoder = self._encoder
-        outputs = encoder.layers(signal.to(encoder.device, torch.float32))
-        return torch.cat([encoder.pool(output).float() for output in outputs], dim=1)
+
+        def layers(x: Tensor) -> Tensor:
+            outputs = encoder.layers({"signal": x.to(encoder.device, torch.float32)})
+            return torch.cat([encoder.pool(output).float() for output in outputs], dim=1)
+
+        vectors = over_views(layers, signal, encoder.axes)
+        return vectors.mean(1) if vectors.ndim == 3 else vectors
 
     def fingerprint(self) -> str:
         """Return a text that depends on the encoder, and is not the encoder's own."""

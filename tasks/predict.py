@@ -107,7 +107,7 @@ def listed(classifier: Classifier, paths: Sequence[str | Path], split: str | Non
     names: list[str] = []
     kind = classifier.encoder.kind
     for path in map(Path, paths):
-        found = list_files(path, kind.suffixes, kind.name, split=split)
+        found = list_files(path, kind, split=split)
         base = path if path.is_dir() else path.parent
         files += found.paths
         names += [str(base / found.name(i)) for i in range(len(found))]

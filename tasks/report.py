@@ -1,7 +1,7 @@
 """The report page: what a run found, in one HTML file that asks for nothing outside itself and runs no script.
 
 Sections are data, so that every objective and modality fills the same page. Bars and curves are CSS and SVG in the
-theme's own colours; pictures are PNG data URIs.
+theme's own colours; pictures, animations and sounds are data URIs.
 """
 
 import base64
@@ -14,11 +14,12 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from mmssl.contracts import Ticks
 from tasks.metrics import Score
 from tasks.report_curve import Series, plot
 
@@ -32,6 +33,32 @@ MOST_ROOMY = 2
 """So many scores in a row of a table have their bar on the line of their figures."""
 MOST_BESIDE = 6
 """So many pictures stand beside the heading of their section; more take the whole width of the page."""
+STACKED = 800, 224
+"""About how wide and high, in pixels, a picture is at most where wide ones stand below each other (see the style)."""
+LINE = 15
+"""Pixels from one label of an axis to the next, at least."""
+
+
+class Axes(NamedTuple):
+    """Where labels stand along a picture's lower and left side, in its own pixels from the left and from the top."""
+
+    across: Ticks
+    down: Ticks
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture, uint8 [h, w, 3], and what there is besides."""
+
+    picture: Picture
+    axes: Axes | None = None
+    sound: bytes = b""
+    """A FLAC file to be played."""
+    film: bytes = b""
+    """An animated WebP of the picture's shape, which stands in its place."""
+
+
+Shown: TypeAlias = Picture | Medium
 
 
 @dataclass(frozen=True)
@@ -51,24 +78,27 @@ class Curve:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Groups of pictures, uint8 [h, w, 3]; each row is one group with one picture per column."""
+    """Groups of pictures; each row is one group with one picture per column."""
 
     title: str
     note: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Picture]]
+    rows: Sequence[Sequence[Shown]]
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Columns of captioned pictures, uint8 [h, w, 3], that go to the next line together where there is no room.
+    """Columns of captioned pictures that go to the next line together where there is no room.
 
-    A caption's lines are shortened in their middle to the width of the column; whoever points at them reads all of it.
+    With ``stacked``, for wide pictures, each column is laid down: its pictures stand beside, the columns below each
+    other. A caption's lines are shortened in their middle to the width of the column; whoever points at them reads all
+    of it.
     """
 
     title: str
     note: str
-    columns: Sequence[Sequence[tuple[str, Picture]]]
+    columns: Sequence[Sequence[tuple[str, Shown]]]
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,8 +173,8 @@ def _is_wide(section: Section) -> bool:
     match section:
         case Pictures(rows=[[_]]):
             return True
-        case Strip(columns=columns):
-            return len(columns) > MOST_BESIDE or [*map(len, columns)] == [1]
+        case Strip(columns=columns, stacked=stacked):
+            return stacked or len(columns) > MOST_BESIDE or [*map(len, columns)] == [1]
         case _:
             return False
 
@@ -236,7 +266,7 @@ def _pictures(pictures: Pictures) -> str:
         if len(row) != len(columns):
             raise ValueError(f"pictures {pictures.title!r}: a row of {len(row)} under {len(columns)} columns")
     # Wide pictures, such as spectrograms, would be slivers side by side.
-    stacked = any(picture.shape[1] > 2 * picture.shape[0] for picture in rows[0])
+    stacked = any(is_wide(shown) for shown in rows[0])
     alone = len(rows) == len(columns) == 1
     per_line = 1 if stacked or alone else min(max(MOST_BESIDE // len(columns), 1), 3)
     groups = "\n".join(f"<li>{_group(columns, row, i)}</li>" for i, row in enumerate(rows, start=1))
@@ -244,24 +274,33 @@ def _pictures(pictures: Pictures) -> str:
     return f'<ol class="{kind}" style="--of: {len(columns)}">\n{groups}\n</ol>'
 
 
-def _group(columns: Sequence[str], row: Sequence[Picture], number: int) -> str:
+def is_wide(shown: Shown) -> bool:
+    """Tell whether a picture is so wide, or needs so much room for its axes, that others stand below it."""
+    medium = as_medium(shown)
+    height, width = medium.picture.shape[:2]
+    return medium.axes is not None or width > 2 * height
+
+
+def _group(columns: Sequence[str], row: Sequence[Shown], number: int) -> str:
     return "".join(
-        f"<figure>{_image(picture, f'{column}, example {number}')}"
+        f"{_figure(shown)}{_plate(shown, f'{column}, example {number}')}"
         f'<figcaption aria-hidden="true">{escape(column)}</figcaption></figure>'
-        for column, picture in zip(columns, row, strict=True)
+        for column, shown in zip(columns, row, strict=True)
     )
 
 
 def _strip(strip: Strip) -> str:
     lines = max(caption.count("\n") + 1 for column in strip.columns for caption, _ in column)
     columns = "\n".join(f"<li>{''.join(_captioned(*one) for one in column)}</li>" for column in strip.columns)
-    return f'<ol class="strip" style="--of: {len(strip.columns)}; --lines: {lines}">\n{columns}\n</ol>'
+    of = max(map(len, strip.columns)) if strip.stacked else len(strip.columns)
+    kind = "strip stacked" if strip.stacked else "strip"
+    return f'<ol class="{kind}" style="--of: {of}; --lines: {lines}">\n{columns}\n</ol>'
 
 
-def _captioned(caption: str, picture: Picture) -> str:
+def _captioned(caption: str, shown: Shown) -> str:
     whole = caption.replace("\n", ", ")
     lines = "".join(f"<span>{_elidable(line)}</span>" for line in caption.split("\n"))
-    return f'<figure><figcaption title="{escape(whole)}">{lines}</figcaption>{_image(picture, whole)}</figure>'
+    return f'{_figure(shown)}<figcaption title="{escape(whole)}">{lines}</figcaption>{_plate(shown, whole)}</figure>'
 
 
 def _elidable(line: str) -> str:
@@ -269,12 +308,66 @@ def _elidable(line: str) -> str:
     return f"<span>{escape(line[:-TAIL])}</span><span>{escape(line[-TAIL:])}</span>"
 
 
-def _image(picture: Picture, alt: str) -> str:
+def as_medium(shown: Shown) -> Medium:
+    """Return a picture as a medium that has nothing besides."""
+    return shown if isinstance(shown, Medium) else Medium(shown)
+
+
+def _figure(shown: Shown) -> str:
+    height, width = as_medium(shown).picture.shape[:2]
+    return f'<figure style="--shape: {width / height:.4g}">'
+
+
+def _plate(shown: Shown, alt: str) -> str:
+    """Return a picture with its axes, and below it a player of its sound."""
+    medium = as_medium(shown)
+    plate = _image(medium, alt)
+    if medium.axes is not None:
+        plate = f'<div class="plate">{plate}{_axes(medium.axes, medium.picture)}</div>'
+    if medium.sound:
+        plate += f'<audio controls src="{_data("audio/flac", medium.sound)}" aria-label="{escape(alt)}"></audio>'
+    return plate
+
+
+def _axes(axes: Axes, picture: Picture) -> str:
+    height, width = picture.shape[:2]
+    scale = min(STACKED[0] / width, STACKED[1] / height)
+    across = spaced(axes.across, scale, 3 * LINE)
+    down = spaced(axes.down, scale, LINE)
+    labels = [
+        f'<span class="tick x" style="left: {100 * at / width:.2f}%">{escape(word)}</span>' for at, word in across
+    ]
+    labels += [
+        f'<span class="tick y" style="bottom: {100 - 100 * at / height:.2f}%">{escape(word)}</span>'
+        for at, word in down
+    ]
+    return f'<div aria-hidden="true">{"".join(labels)}</div>'
+
+
+def spaced(ticks: Ticks, scale: float, least: float) -> Ticks:
+    """Return ticks without those that would stand less than ``least`` pixels from the one before, enlarged so much."""
+    kept: list[tuple[float, str]] = []
+    for tick in ticks:
+        if not kept or abs(tick[0] - kept[-1][0]) * scale >= least:
+            kept.append(tick)
+    return kept
+
+
+def _image(medium: Medium, alt: str) -> str:
+    picture = medium.picture
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ValueError(f"a picture is uint8 [h, w, 3], not {picture.dtype} {list(picture.shape)}")
     height, width = picture.shape[:2]
+    source = _data("image/webp", medium.film) if medium.film else _data("image/png", _png(picture))
+    crisp = ' class="crisp"' if min(height, width) < CRISP_BELOW else ""
+    return f'<img{crisp} src="{source}" width="{width}" height="{height}" alt="{escape(alt)}">'
+
+
+def _png(picture: Picture) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    crisp = ' class="crisp"' if min(height, width) < CRISP_BELOW else ""
-    return f'<img{crisp} src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{escape(alt)}">'
+    return file.getvalue()
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

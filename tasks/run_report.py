@@ -1,17 +1,16 @@
 """What every run's report shows: the loss, reconstructions where the objective makes any, the cost and the recipe."""
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mmssl.contracts import Draw, Reconstructs
-from mmssl.data.dataset import batch_of_one
-from mmssl.data.guard import BrokenFile, guarded
+from mmssl.contracts import Reconstructs
 from mmssl.data.listing import Listing
+from mmssl.errors import UnusableData
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
 from tasks.build import Recipe, measure_cost
-from tasks.report import Code, Curve, Facts, Picture, Pictures, Section
+from tasks.panels import read_rate, read_signal
+from tasks.panels_reconstruction import attempt, sound_note, target_note, triplet
+from tasks.report import Code, Curve, Facts, Pictures, Section
 from tasks.writer import load_objective
 
 
@@ -55,42 +54,23 @@ def flops(gflop: float) -> dict[str, str]:
 def reconstructions(
     recipe: Recipe, objective: Reconstructs, shown: Listing, held_out: bool, most: int = 8
 ) -> list[Pictures]:
-    """Return (input, masked, reconstruction) triplets of files spread evenly over ``shown``."""
+    """Return what there is, what is seen and what is predicted of files spread evenly over ``shown``, to be played."""
     kind = MODALITIES[recipe.modality]
-    transform = kind.eval_transform(recipe.signal)
     picks = np.linspace(0, len(shown) - 1, min(most, len(shown))).astype(int).tolist()
+    ratio = getattr(recipe.objective, "mask_ratio", 0.0)
     rows = []
     for i in picks:
         try:
-            signal = transform(guarded(kind.decode, shown.paths[i], recipe.data.timeout))
-        except BrokenFile:
+            signal = read_signal(recipe, shown.paths[i], recipe.data.timeout)
+            rate = read_rate(recipe, shown.paths[i], recipe.data.timeout)
+        except UnusableData:
             continue  # it is in the ledger
         rng = np.random.default_rng([recipe.train.seed, i])
-        rows.append(triplet(recipe, objective, objective.draw(), signal, rng)[0])
+        rows.append(triplet(recipe, attempt(objective, objective.draw(), ratio, signal, rng), True, rate))
     if not rows:
         return []
-    which = "Pictures that were not trained on" if held_out else "Pictures that were trained on"
-    note = f"{which}; {recipe.objective.name.upper()} saw only what the middle column shows."
-    note += target_note(recipe)
-    return [Pictures("Reconstructions", note, ["input", "masked", "reconstruction"], rows)]
-
-
-def triplet(
-    recipe: Recipe, objective: Reconstructs, draw: Draw | None, signal: Tensor, rng: np.random.Generator
-) -> tuple[list[Picture], float]:
-    """Return (what is there, what is seen, what is predicted) of a signal [C, *size], and the share that is hidden."""
-    kind = MODALITIES[recipe.modality]
-    tokenizer = next(iter(objective.encoders().values())).tokenizer
-    filled, hidden = objective.reconstruct(batch_of_one(signal, draw, tokenizer.grid_of(signal.shape[1:]), rng))
-    panels = (signal, torch.where(hidden[0] > 0, 0.0, signal), filled[0])
-    return [kind.picture(panel, recipe.signal) for panel in panels], float(hidden.mean())
-
-
-def target_note(recipe: Recipe) -> str:
-    """Return what must be said of reconstructions that use the true patches' statistics; nothing where they do not."""
-    if getattr(recipe.model.tokenizer, "target", None) != "normalized":
-        return ""
-    return (
-        " Predictions are of normalised patches: the brightness and contrast of each hidden patch are those of the "
-        "true one, only its content is predicted."
-    )
+    columns = ["input", "masked", "reconstruction", "in motion"][: len(rows[0])]
+    which = "Files that were not trained on" if held_out else "Files that were trained on"
+    note = f"{which}; {recipe.objective.name.upper()} saw only what the {columns[1]} picture shows."
+    note += target_note(recipe) + sound_note(kind)
+    return [Pictures("Reconstructions", note, columns, rows)]

@@ -1,30 +1,47 @@
-"""Pictures of what was learned: reconstructions, attention, components, a map of vectors, nearest neighbours."""
+"""What was learned, to look at and to listen to.
+
+Reconstructions, attention, components, a map of vectors, nearest neighbours.
+"""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from mmssl.contracts import Reconstructs
+from mmssl.contracts import Modality, Moves, Reconstructs, Sounds
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError, nearest, sibling
+from mmssl.files import replacing_file
 from modalities.encoder import MODALITIES, EncoderConfig, encoder_folder, load
 from tasks.build import Recipe
-from tasks.panels import Files, Panel, legible, read_signal, write_panel
+from tasks.panels import Files, Panel, legible, read_rate, read_signal
+from tasks.panels_media import animate
 from tasks.panels_neighbours import neighbours_panel
-from tasks.panels_reconstruction import reconstruction_panel
+from tasks.panels_page import write_panel
+from tasks.panels_reconstruction import (
+    Attempts,
+    attempts,
+    audible,
+    reconstruction_film,
+    reconstruction_panel,
+    sound_note,
+    target_note,
+)
 from tasks.panels_tokens import attention_panel, pca_panel
 from tasks.panels_tsne import tsne_panel
 from tasks.writer import load_objective
 
 Name = Literal["reconstruction", "attention", "pca", "tsne", "neighbours"]
 PANELS: tuple[Name, ...] = get_args(Name)
-MOST = {".png": 16, ".html": 200}
+MOST = {".png": 16, ".html": 200, ".gif": 4, ".webp": 4, ".wav": 1}
 """How many files one output shows at most, by its suffix: what a person can still look at."""
+PAGES = {".png", ".html"}
+FASTEST = 50
+"""Frames per second of a GIF: players slow faster ones down."""
 RATIOS = (0.75, 0.85, 0.95)
 
 Run: TypeAlias = tuple[Recipe, nn.Module]
@@ -35,7 +52,7 @@ class ShowOptions(TypedDict, total=False):
     """The options of the panels. One that is given to a panel which does not use it is a mistake."""
 
     ratios: Sequence[float]
-    """reconstruction: which shares of the tokens are masked."""
+    """reconstruction: which shares of the tokens are masked; of a .wav, one (by default that of the training)."""
     mass: float
     """attention: the share of a head's attention that the marked patches hold."""
     foreground: bool
@@ -100,6 +117,8 @@ def show(
 ) -> ShowResult:
     """Draw a panel into ``out``, a .png or .html file, whose folder is made if there is none.
 
+    Reconstructions of videos are also written as an animation, .gif or .webp, and of a sound as a .wav.
+
     ``source`` is a run, an encoder folder or file, or a parquet file that ``mmssl embed`` wrote; ``files`` are media
     files or folders of them. Without ``panel``, a run whose objective reconstructs shows that, another encoder its
     attention, and a parquet file t-SNE. Raises UserError for what does not fit together, before anything is computed,
@@ -109,6 +128,11 @@ def show(
     _check_out(out)
     chosen, run = _choose(source, panel)
     _check_options(chosen, options)
+    if chosen == "reconstruction":
+        assert run is not None
+        return _reconstruction(source, run, files, out, options)
+    if out.suffix.lower() not in PAGES:
+        raise UserError(f"{out}: {chosen} is shown as a picture or as a page, so the name must end in .png or .html")
     if chosen == "tsne":
         _check_vectors(source, files)
         drawn, facts = tsne_panel(
@@ -116,29 +140,18 @@ def show(
         )
         found = Files([], [])
     else:
-        found, drawn, facts = _of_files(source, run, files, out, chosen, options)
+        found, drawn, facts = _of_encoder(source, files, out, chosen, options)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_panel(out, drawn)
     return ShowResult(out, chosen, found.paths, drawn.note, facts)
 
 
-def _of_files(
-    source: Path, run: Run | None, files: Sequence[Path | str], out: Path, panel: Name, options: ShowOptions
+def _of_encoder(
+    source: Path, files: Sequence[Path | str], out: Path, panel: Name, options: ShowOptions
 ) -> tuple[Files, Panel, dict[str, Any]]:
-    if panel == "reconstruction":
-        assert run is not None
-        recipe, objective = run
-        assert isinstance(objective, Reconstructs)
-        found = _files(files, recipe, out)
-        signals = [read_signal(recipe, path) for path in found.paths]
-        ratios, seed = options.get("ratios", RATIOS), options.get("seed", 0)
-        drawn = reconstruction_panel(recipe, objective, source, found.names, signals, ratios, seed)
-        return found, drawn, {"ratios": list(ratios), "seed": seed}
     encoder = load(source)
     found = _files(files, encoder.config, out)
-    folder = None
-    if panel == "neighbours":
-        folder = list_files(options["data"], encoder.kind.suffixes, encoder.kind.name)
+    folder = list_files(options["data"], encoder.kind) if panel == "neighbours" else None
     signals = [read_signal(encoder.config, path) for path in found.paths]
     if folder is not None:
         k, skip = options.get("k", 8), options.get("skip_broken", False)
@@ -147,6 +160,55 @@ def _of_files(
         mass = options.get("mass", 0.6)
         return found, attention_panel(encoder, found.names, signals, mass), {"mass": mass}
     return found, *pca_panel(encoder, found.names, signals, options.get("foreground", False))
+
+
+def _reconstruction(source: Path, run: Run, files: Sequence[Path | str], out: Path, options: ShowOptions) -> ShowResult:
+    recipe, objective = run
+    assert isinstance(objective, Reconstructs)
+    kind, suffix = MODALITIES[recipe.modality], out.suffix.lower()
+    _check_media(out, kind)
+    own = (getattr(recipe.objective, "mask_ratio", RATIOS[0]),)
+    ratios, seed = options.get("ratios", own if suffix == ".wav" else RATIOS), options.get("seed", 0)
+    if suffix == ".wav" and len(ratios) > 1:
+        raise UserError(f"{out} holds one sound, but {len(ratios)} --ratios were given; give one, or an .html page")
+    found = _files(files, recipe, out)
+    signals = [read_signal(recipe, path) for path in found.paths]
+    rates = None if suffix == ".png" else [read_rate(recipe, path) for path in found.paths]
+    made = attempts(recipe, objective, source, found.names, signals, ratios, seed, rates)
+    note = _write(out, recipe, made, _views_note(signals, objective))
+    return ShowResult(out, "reconstruction", found.paths, note, {"ratios": list(ratios), "seed": seed})
+
+
+def _write(out: Path, recipe: Recipe, made: Sequence[Attempts], more: str) -> str:
+    """Write reconstructions as the suffix says, and return what must be said of them, ``more`` included."""
+    kind, suffix = MODALITIES[recipe.modality], out.suffix.lower()
+    if suffix in PAGES:
+        panel = reconstruction_panel(recipe, made, suffix == ".html")
+        panel = replace(panel, note=panel.note + more)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_panel(out, panel)
+        return panel.note
+    if isinstance(kind, Sounds):
+        _, content = audible(kind, recipe, made[0].at[0], "WAV")
+        note = f"{made[0].at[0].words}.{target_note(recipe)}{sound_note(kind)}".replace("\n", ", ")
+    else:
+        pages, rate = reconstruction_film(recipe, made, out)
+        if suffix == ".gif" and rate > FASTEST:
+            raise UserError(
+                f"{out}: a GIF has at most {FASTEST} frames per second, but these have {rate:.4g}; take .webp"
+            )
+        content = animate(pages, rate, suffix[1:].upper())
+        note = f"{rate:.3g} frames per second, as in the file.{target_note(recipe)}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(out) as aside:
+        aside.write_bytes(content)
+    return note + more
+
+
+def _views_note(signals: Sequence[Tensor], objective: Reconstructs) -> str:
+    axes = len(next(iter(objective.encoders().values())).tokenizer.size)
+    several = any(signal.ndim > axes + 1 for signal in signals)
+    return " Of a file that is looked at several times, the middle part is shown." if several else ""
 
 
 # What was asked for
@@ -186,9 +248,27 @@ def _run(source: Path) -> Run | None:
 
 def _check_out(out: Path) -> None:
     if out.suffix.lower() not in MOST:
-        raise UserError(f"{out}: a panel is written as a picture or as a page, so the name must end in .png or .html")
+        raise UserError(
+            f"{out}: the name must end in .png or .html, or for reconstructions of videos in .gif or .webp, of sounds "
+            "in .wav"
+        )
     if out.is_dir():
         raise UserError(f"{out} is a folder")
+
+
+def _check_media(out: Path, kind: Modality) -> None:
+    """Raise UserError for an animation of what does not move, or a sound of what cannot be heard."""
+    suffix = out.suffix.lower()
+    if suffix in (".gif", ".webp") and not isinstance(kind, Moves):
+        raise UserError(f"{out}: modality {kind.name} does not move, so the name must end in {_forms(kind)}")
+    if suffix == ".wav" and not isinstance(kind, Sounds):
+        raise UserError(f"{out}: modality {kind.name} cannot be heard, so the name must end in {_forms(kind)}")
+
+
+def _forms(kind: Modality) -> str:
+    moving, sounding = isinstance(kind, Moves), isinstance(kind, Sounds)
+    *others, last = [".png", ".html", *([".gif", ".webp"] if moving else []), *([".wav"] if sounding else [])]
+    return f"{', '.join(others)} or {last}"
 
 
 def _check_options(panel: Name, options: ShowOptions) -> None:
@@ -227,11 +307,13 @@ def _files(given: Sequence[Path | str], config: EncoderConfig, out: Path) -> Fil
             f"name at least one file to show, of modality {kind.name} ({', '.join(sorted(kind.suffixes))}), "
             "or a folder of them"
         )
-    paths = [path for item in given for path in list_files(item, kind.suffixes, kind.name).paths]
+    paths = [path for item in given for path in list_files(item, kind).paths]
     most = MOST[out.suffix.lower()]
     if len(paths) > most:
-        other = f", or an .html page, which shows up to {MOST['.html']}" if out.suffix.lower() == ".png" else ""
-        raise UserError(f"{out} shows at most {most} files, but {len(paths)} were given; give fewer{other}")
+        other = "" if out.suffix.lower() == ".html" else f", or an .html page, which shows up to {MOST['.html']}"
+        raise UserError(
+            f"{out} shows at most {most} file{'' if most == 1 else 's'}, but {len(paths)} were given; give fewer{other}"
+        )
     if os.path.realpath(out) in map(os.path.realpath, paths):
         raise UserError(f"{out} is one of the files to show; give another name")
     # As short as tells them apart: the parts of the paths below what all have in common.

@@ -4,15 +4,17 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from media import numbered, tone, write_sound, write_video
 from torch import Tensor
 
 from mmssl.heads.decoder import MaskedDecoder
+from mmssl.masking import RandomMask
 from mmssl.objectives.mae import MAE
 from modalities.encoder import Encoder, EncoderConfig, typed
 
@@ -62,7 +64,7 @@ def tiny_mae(tiny_encoder: Callable[..., Encoder]) -> Callable[..., MAE]:
         encoder = tiny_encoder(**options)
         tokenizer = encoder.tokenizer
         head = decoder(encoder.dim, tokenizer.patch_dim, tokenizer.grid, dim=encoder.dim, depth=2, num_heads=4)
-        return objective(encoder, head, mask_ratio)
+        return objective(encoder, head, RandomMask(mask_ratio))
 
     return make
 
@@ -92,9 +94,7 @@ def mae_step() -> ModuleType:
     return module
 
 
-TINY = {
-    "signal.size": [16, 16],
-    "model.tokenizer.patch_size": [4, 4],
+SMALL = {
     "model.backbone": {"dim": 16, "depth": 2, "num_heads": 2, "drop_path": 0.2},
     "objective.decoder": {"dim": 16, "depth": 1, "num_heads": 2},
     "train.batch_size": 8,
@@ -104,7 +104,58 @@ TINY = {
     "data.workers": 0,
     "optim.clip": 1.0,
 }
-"""Overrides of image-mae-tiny that leave a model of a few thousand weights, with everything stochastic switched on."""
+"""Overrides of any tiny recipe that leave a model of a few thousand weights, with everything stochastic switched on."""
+TINY = {"signal.size": [16, 16], "model.tokenizer.patch_size": [4, 4], **SMALL}
+TINY_VIDEO = {
+    "signal.frames": 4, "signal.size": [16, 16], "signal.stride": 2, "model.tokenizer.patch_size": [2, 4, 4],
+    "objective.mask_ratio": 0.75, "objective.decode_ratio": 0.5, "data.repeats": 2, **SMALL,
+}  # fmt: skip
+TINY_AUDIO = {
+    "signal.sample_rate": 8000, "signal.seconds": 0.32, "signal.mels": 32, "signal.fill": "pad",
+    "model.tokenizer.patch_size": [8, 8], "objective.mask": "time_frequency", **SMALL,
+}  # fmt: skip
+
+
+class Material(NamedTuple):
+    """What a modality's whole runs are tested with."""
+
+    recipe: str
+    folder: Path
+    settings: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 videos of 10 to 21 frames, 32 x 40 pixels, in two classes: forwards and backwards."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(12):
+        frames = numbered(10 + i, 32, 40, first=3 * i)
+        part = folder / ("test" if i >= 8 else "train") / ("forwards", "backwards")[i % 2]
+        part.mkdir(parents=True, exist_ok=True)
+        write_video(part / f"{i:02d}.mp4", frames[:: -1 if i % 2 else 1], fps=10)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 16 tones of 0.25 to 0.7 s, some shorter than a tiny crop, in two classes: low and high."""
+    folder = tmp_path_factory.mktemp("sounds")
+    for i in range(16):
+        part = folder / ("test" if i >= 10 else "train") / ("low", "high")[i % 2]
+        part.mkdir(parents=True, exist_ok=True)
+        wave = tone(0.25 + 0.03 * i, 8000, (300 if i % 2 == 0 else 1500) * (1 + 0.02 * i))
+        write_sound(part / f"{i:02d}.{('wav', 'flac')[i % 2]}", wave, 8000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def materials(photos: Path, clips: Path, sounds: Path) -> dict[str, Material]:
+    """By modality: a tiny recipe, files and settings for runs of a second."""
+    return {
+        "image": Material("image-mae-tiny", photos, TINY),
+        "video": Material("video-mae-tiny", clips, TINY_VIDEO),
+        "audio": Material("audio-mae-tiny", sounds, TINY_AUDIO),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ BOTH = MixConfig(mixup=0.8, cutmix=1.0)
 
 
 def draws(config, axes, count, seed=0):
-    draw, rng = MixDraw(config), np.random.default_rng(seed)
+    draw, rng = MixDraw(config, axes), np.random.default_rng(seed)
     rows = [draw(rng, (4,) * axes) for _ in range(count)]
     return [torch.from_numpy(np.stack([row[name] for row in rows])) for name in ("mix_weight", "mix_box")]
 
@@ -115,7 +115,7 @@ def test_the_even_sample_decides_for_its_pair():
 def test_off_leaves_every_bit_and_draws_nothing(config):
     rng = np.random.default_rng(0)
     before = rng.bit_generator.state
-    MixDraw(config)(rng, (4, 4))
+    MixDraw(config, 2)(rng, (4, 4))
     assert rng.bit_generator.state == before
     assert not config.active
     signal = torch.randn(6, 3, 8, 8)
@@ -184,7 +184,7 @@ def test_switch_and_probability():
 
 
 def test_the_generator_alone_decides():
-    draw = MixDraw(BOTH)
+    draw = MixDraw(BOTH, 2)
     first, other = draw(np.random.default_rng(5), (3, 4)), draw(np.random.default_rng(6), (3, 4))
     again = pickle.loads(pickle.dumps(draw))(np.random.default_rng(5), (14, 14))
     assert list(first) == ["mix_weight", "mix_box"]

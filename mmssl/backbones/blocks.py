@@ -37,7 +37,8 @@ def choose_kernel(device: str, dtype: torch.dtype, tokens: int) -> Kernel:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
     """Attend from q [B, H, N, E] to k, v [B, H, N', E] -> [B, H, N, E]; keys with ``pad`` [B, N'] True are not seen."""
-    mask = None if pad is None else ~pad[:, None, None, :]
+    # A sample of padding alone sees all of it: numbers that nobody uses, but numbers.
+    mask = None if pad is None else (~pad | pad.all(1, keepdim=True))[:, None, None, :]
     kernel = _kernel.get()
     if kernel == "auto":
         kernel = choose_kernel(q.device.type, q.dtype, k.shape[-2])

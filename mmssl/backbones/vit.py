@@ -75,11 +75,11 @@ class ViT(nn.Module):
             tokens = self._run(block, tokens, pad, seeds)
         return self.norm(tokens)  # type: ignore[no-any-return]
 
-    def layers(self, tokens: Tensor, seeds: Tensor | None = None) -> list[Tensor]:
-        """Return the output of every block for [B, K, D], each put through the final norm."""
+    def layers(self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None) -> list[Tensor]:
+        """Return the output of every block for [B, K, D], each put through the final norm; arguments as ``forward``."""
         outputs = []
         for block in self.blocks:
-            tokens = self._run(block, tokens, None, seeds)
+            tokens = self._run(block, tokens, pad, seeds)
             outputs.append(self.norm(tokens))
         return outputs
 

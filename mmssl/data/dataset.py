@@ -177,8 +177,8 @@ class Samples(Dataset[Sample]):
             if self.targets is not None:
                 sample["target"] = self.targets[index]
             samples.append(sample | (self.draw(rng, grid) if self.draw is not None else {}))
-        signals = guarded(lambda path: self.views(path, rngs, size), self.paths[index], self.timeout)
-        return [{"signal": signal, **sample} for signal, sample in zip(signals, samples, strict=True)]
+        seen = guarded(lambda path: self.views(path, rngs, size), self.paths[index], self.timeout)
+        return [view | sample for view, sample in zip(seen, samples, strict=True)]
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Batch, list[tuple[int, str]]]:

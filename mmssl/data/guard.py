@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
+from mmssl.data.fragment import file_of
+
 T = TypeVar("T")
 
 _TRUNCATED = re.compile(r"truncat|(premature|unexpected) end|end of file", re.IGNORECASE)
@@ -79,10 +81,11 @@ def _reason(error: Exception, path: str) -> str:
         return "too large to decode"
     if isinstance(error, PermissionError):
         return "permission denied"
+    file = file_of(path)
     try:
-        if os.path.isdir(path):  # noqa: PTH112 (paths are strings here, a million of them)
+        if os.path.isdir(file):  # noqa: PTH112 (paths are strings here, a million of them)
             return "is a folder"
-        if os.stat(path).st_size == 0:  # noqa: PTH116
+        if os.stat(file).st_size == 0:  # noqa: PTH116
             return "empty file"
     except FileNotFoundError:
         return "no such file"
@@ -95,5 +98,9 @@ def _reason(error: Exception, path: str) -> str:
 
 def _clause(error: Exception, path: str) -> str:
     lines = str(error).strip().splitlines()
-    message = lines[0].replace(repr(path), "").replace(path, "").strip()[:_LONGEST].strip() if lines else ""
+    message = (
+        lines[0].replace(repr(path), "").replace(path, "").replace(file_of(path), "").strip()[:_LONGEST].strip()
+        if lines
+        else ""
+    )
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

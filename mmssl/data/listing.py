@@ -11,17 +11,42 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmssl.data import fragment
 from mmssl.errors import UserError, nearest, sibling
 
 Columns = dict[str, list[str | None]]
 
 MANIFESTS = (".csv", ".jsonl", ".parquet")
 """Suffixes of a manifest; a folder's own is called ``manifest`` plus one of them."""
+
+
+class Media(Protocol):
+    """Which files belong to a modality: what listing needs to know of it (see ``mmssl.contracts.Modality``)."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """What its files' names end in, lower case, with the dot."""
+        ...
+
+    @property
+    def frame_suffixes(self) -> frozenset[str]:
+        """What the names of pictures end in, a folder of which counts as one file; mostly none."""
+        ...
+
+    @property
+    def timed(self) -> bool:
+        """Whether a file has pieces from one second to another."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,32 +123,27 @@ class Listing:
         return os.path.join(os.path.dirname(root) if is_file else root, "")  # noqa: PTH118, PTH120
 
 
-def list_files(
-    path: str | Path,
-    suffixes: frozenset[str],
-    what: str,
-    split: str | None = None,
-    default_split: str | None = None,
-) -> Listing:
-    """Return what ``path`` holds of the modality ``what``, whose files end in ``suffixes`` (lower case, with dot).
+def list_files(path: str | Path, kind: Media, split: str | None = None, default_split: str | None = None) -> Listing:
+    """Return what ``path`` holds of the modality ``kind``.
 
-    ``split`` selects the rows of one split, which must exist; ``default_split`` is selected if there are rows of it.
-    Raises UserError, one sentence, for a path that holds nothing or a manifest that cannot be read.
+    The columns ``start`` and ``end`` of a manifest, in seconds, make its rows pieces of files. ``split`` selects the rows
+    of one split, which must exist; ``default_split`` is selected if there are rows of it. Raises UserError, one sentence, for a path that holds nothing or a manifest that cannot be read.
     """
     root = Path(path)
-    if not os.path.exists(root):  # noqa: PTH110 (False, not an exception, for what may not be asked about)
+    piece = fragment.split(str(path)) if kind.timed else fragment.Span(str(path))
+    if not os.path.exists(piece.file):  # noqa: PTH110 (False, not an exception, for what may not be asked about)
         raise UserError(f"{root} does not exist{sibling(root)}")
     if root.is_dir():
         manifest = _manifest_in(root)
-        listing = _list_folder(root, suffixes, what) if manifest is None else _list_manifest(root, manifest)
+        listing = _list_folder(root, kind) if manifest is None else _list_manifest(root, manifest, kind)
     elif root.suffix.lower() in MANIFESTS:
-        listing = _list_manifest(root, root)
-    elif root.suffix.lower() in suffixes:
+        listing = _list_manifest(root, root, kind)
+    elif Path(piece.file).suffix.lower() in kind.suffixes or Path(piece.file).is_dir():
         listing = Listing(root, [os.path.abspath(root)])  # noqa: PTH100
     else:
         raise UserError(
             f"{root} is neither a folder, a manifest ({', '.join(MANIFESTS)}) "
-            f"nor a file of modality {what} ({', '.join(sorted(suffixes))})"
+            f"nor a file of modality {kind.name} ({', '.join(sorted(kind.suffixes))})"
         )
     if split is None and default_split in listing.columns.get("split", []):
         split = default_split
@@ -137,22 +157,35 @@ def _manifest_in(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _list_folder(root: Path, suffixes: frozenset[str], what: str) -> Listing:
+def _list_folder(root: Path, kind: Media) -> Listing:
     paths, ignored = [], Counter[str]()
-    for path in _walk(os.path.abspath(root)):  # noqa: PTH100
-        suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
-        if suffix in suffixes:
-            paths.append(path)
-        else:
-            ignored[suffix] += 1
+    for folder, names in _walk(os.path.abspath(root)):  # noqa: PTH100
+        found = [name for name in names if _suffix(name) in kind.suffixes]
+        others = [name for name in names if _suffix(name) not in kind.suffixes]
+        if not found and _is_film(others, kind):
+            paths.append(folder)
+            others = [name for name in others if _suffix(name) not in kind.frame_suffixes]
+        paths += [os.path.join(folder, name) for name in found]  # noqa: PTH118
+        ignored.update(map(_suffix, others))
     if not paths:
-        others = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in ignored.most_common(5))
-        found = f"only {ignored.total()} of other kinds ({others})" if ignored else "and no other file either"
-        raise UserError(f"{root} holds no file of modality {what} ({', '.join(sorted(suffixes))}), {found}")
+        others_ = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in ignored.most_common(5))
+        what = f"only {ignored.total()} of other kinds ({others_})" if ignored else "and no other file either"
+        raise UserError(f"{root} holds no file of modality {kind.name} ({', '.join(sorted(kind.suffixes))}), {what}")
     return Listing(root, sorted(paths), ignored=dict(sorted(ignored.items())))
 
 
-def _walk(folder: str) -> Iterator[str]:
+def _is_film(names: Sequence[str], kind: Media) -> bool:
+    # Several pictures with numbers in their names, and no film beside them.
+    frames = [name for name in names if _suffix(name) in kind.frame_suffixes and any(map(str.isdigit, name))]
+    return len(frames) > 1
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    # Yields every folder and the names of the files in it.
     # A link that goes in circles ends where it meets a folder that it is inside of. A link to nothing counts as a file,
     # so that it is reported as broken instead of vanishing.
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [(folder, ())]
@@ -166,16 +199,18 @@ def _walk(folder: str) -> Iterator[str]:
             entries = list(os.scandir(folder))
         except PermissionError:
             raise UserError(f"{folder} cannot be read: permission denied") from None
+        names = []
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
                 pending.append((entry.path, (*above, here)))
             elif entry.is_file() or entry.is_symlink():
-                yield entry.path
+                names.append(entry.name)
+        yield folder, names
 
 
-def _list_manifest(root: Path, manifest: Path) -> Listing:
+def _list_manifest(root: Path, manifest: Path, kind: Media) -> Listing:
     try:
         columns = _READERS[manifest.suffix.lower()](manifest)
     except UnicodeDecodeError:
@@ -193,7 +228,25 @@ def _list_manifest(root: Path, manifest: Path) -> Listing:
         if name is None or not name.strip():
             raise UserError(f"{manifest}: row {row} has an empty path")
         paths.append(os.path.join(folder, name))  # noqa: PTH118 (an absolute name stays as it is)
+    if kind.timed and columns.keys() & {"start", "end"}:
+        paths = _pieces(manifest, paths, columns)
     return Listing(root, paths, columns, rows=range(1, len(paths) + 1))
+
+
+def _pieces(manifest: Path, paths: list[str], columns: Columns) -> list[str]:
+    nothing: list[str | None] = [None] * len(paths)
+    pieces = []
+    for row, (path, *times) in enumerate(
+        zip(paths, columns.get("start", nothing), columns.get("end", nothing), strict=True), 1
+    ):
+        try:
+            pieces.append(fragment.join(path, *(None if time is None else float(time) for time in times)))
+        except ValueError:
+            raise UserError(
+                f"{manifest}: row {row} starts at '{times[0] or 0}' and ends at '{times[1] or 'the end'}'; "
+                "give seconds, the end after the start"
+            ) from None
+    return pieces
 
 
 def _read_csv(path: Path) -> Columns:

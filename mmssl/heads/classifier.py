@@ -65,23 +65,32 @@ class ClassifierHead(nn.Module):
         nn.init.trunc_normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, latents: list[Tensor]) -> Tensor:
+    def forward(self, latents: list[Tensor], pad: Tensor | None = None) -> Tensor:
         """Map ``layers`` latents [B, num_prefix + N, D], the last block's last, to class scores [B, classes].
 
-        Raises UserError where the encoder has fewer blocks than ``layers``.
+        Tokens where ``pad`` [B, N] is True are left out. Raises UserError where the encoder has fewer blocks than
+        ``layers``.
         """
         if len(latents) != self.layers:
             raise UserError(f"the head's layers is {self.layers}, but the encoder has {len(latents)} blocks")
-        vectors = torch.cat([self._pool(latent, i) for i, latent in enumerate(latents)], dim=1)
+        vectors = torch.cat([self._pool(latent, i, pad) for i, latent in enumerate(latents)], dim=1)
         return self.linear(self.norm(vectors))  # type: ignore[no-any-return]
 
-    def _pool(self, latent: Tensor, i: int) -> Tensor:
+    def _pool(self, latent: Tensor, i: int, pad: Tensor | None) -> Tensor:
         tokens = latent[:, self.num_prefix :]
         if self.pool == "attentive":
-            return self.queries[i](tokens)  # type: ignore[no-any-return]
+            return self.queries[i](tokens, pad)  # type: ignore[no-any-return]
         if self.pool == "cls+mean":
-            return torch.cat([latent[:, 0], tokens.mean(1)], dim=1)
-        return latent[:, 0] if self.pool == "cls" else tokens.mean(1)
+            return torch.cat([latent[:, 0], mean_pool(tokens, pad)], dim=1)
+        return latent[:, 0] if self.pool == "cls" else mean_pool(tokens, pad)
+
+
+def mean_pool(tokens: Tensor, pad: Tensor | None) -> Tensor:
+    """Return the mean over tokens, [B, N, D] -> [B, D], of those where ``pad`` [B, N] is not True; 0 where all are."""
+    if pad is None:
+        return tokens.mean(1)
+    whole = (~pad).unsqueeze(-1).to(tokens.dtype)
+    return (tokens * whole).sum(1) / whole.sum(1).clamp(min=1)
 
 
 class AttentivePool(nn.Module):
@@ -111,11 +120,11 @@ class AttentivePool(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02 / 2**0.5 if last else 0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Pool [B, N, D] to [B, D]."""
+    def forward(self, tokens: Tensor, pad: Tensor | None = None) -> Tensor:
+        """Pool [B, N, D] to [B, D], without the tokens where ``pad`` [B, N] is True."""
         pairs_BN2HE: Tensor = self.to_key_value(self.norm1(tokens)).unflatten(-1, (2, self.num_heads, -1))
         key, value = pairs_BN2HE.permute(2, 0, 3, 1, 4)
         query_H1E: Tensor = self.to_query(self.query).view(self.num_heads, 1, -1)
-        attended = attend(query_H1E.expand(len(tokens), -1, -1, -1), key, value).flatten(1)
+        attended = attend(query_H1E.expand(len(tokens), -1, -1, -1), key, value, pad).flatten(1)
         x = self.query + self.proj(attended)
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]

@@ -114,25 +114,29 @@ class Classify(nn.Module):
 
     def draw(self) -> Draw | None:
         """Return how the data workers draw the mixing of each sample."""
-        return MixDraw(self.mix) if self.mix.active else None
+        return MixDraw(self.mix, len(self.encoder.tokenizer.size)) if self.mix.active else None
 
     def logits(self, batch: Batch) -> Tensor:
         """Return class scores [B, C] of ``signal`` [B, C, *size]; the larger the likelier, not yet probabilities."""
-        tokenizer, signal = self.encoder.tokenizer, batch["signal"]
+        tokenizer = self.encoder.tokenizer
+        pad = tokenizer.pad(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.head_only):
             if self.head.layers > 1:
-                latents = self.encoder.layers(signal, batch.get("seed"))[-self.head.layers :]
+                latents = self.encoder.layers(batch)[-self.head.layers :]
             else:
-                grid = tokenizer.grid_of(signal.shape[2:])
-                latents = [self.encoder(tokenizer.patches(signal), None, batch.get("seed"), grid)]
-        return self.head(latents)  # type: ignore[no-any-return]
+                grid = tokenizer.grid_of(batch["signal"].shape[2:])
+                latents = [self.encoder(tokenizer.patches(batch), None, batch.get("seed"), grid, pad)]
+        return self.head(latents, pad)  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch) -> Step:
         """Return the loss against ``target`` and, for one class per sample, the accuracy against the unmixed target."""
         target = batch["target"]
         if self.mix.active and self.training:
             signal, own = mix(batch["signal"], batch["mix_weight"], batch["mix_box"])
-            logits = self.logits({**batch, "signal": signal}).float()
+            mixed = {**batch, "signal": signal}
+            if "length" in batch:  # what either of the two is not padded to
+                mixed["length"] = torch.maximum(batch["length"], partner(batch["length"]))
+            logits = self.logits(mixed).float()
             losses = own * self.losses(logits, target) + (1 - own) * self.losses(logits, partner(target))
         else:
             logits = self.logits(batch).float()

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmssl.config import ObjectiveConfig
-from mmssl.contracts import Batch, Draw, EncoderModule, Step
+from mmssl.contracts import Batch, Draw, EncoderModule, Reconstruction, Step
 from mmssl.heads.decoder import DecoderConfig, MaskedDecoder
 from mmssl.losses.reconstruction import patch_mse
-from mmssl.masking import MASKS, MaskKind, gather, kept_tokens
+from mmssl.masking import MASKS, Mask, MaskKind, RunningCell, gather
 
 
 class MAEConfig(ObjectiveConfig):
@@ -25,26 +25,28 @@ class MAEConfig(ObjectiveConfig):
     mask: MaskKind = "random"
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
     """Fraction of the tokens that the encoder never sees (0.75 in the paper)."""
+    decode_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the hidden tokens that the decoder predicts, chosen by running cells; below 1 it costs less
+    (VideoMAE V2, arXiv:2303.16727, section 3.2, which has 0.5)."""
     decoder: DecoderConfig = DecoderConfig()
 
     def build(self, encoders: Mapping[str, EncoderModule]) -> "MAE":
-        """Make the objective around its one encoder."""
+        """Make the objective around its one encoder; ValueError for a mask that does not suit the encoder's grid."""
         (encoder,) = encoders.values()
         tokenizer = encoder.tokenizer
-        decoder = MaskedDecoder(encoder.dim, tokenizer.patch_dim, tokenizer.grid, **self.decoder.model_dump())
-        return MAE(encoder, decoder, self.mask_ratio, self.mask)
+        decoder = self.decoder.build(encoder.dim, tokenizer.patch_dim, tokenizer.grid, tokenizer.extend)
+        mask = MASKS[self.mask](self.mask_ratio)
+        return MAE(encoder, decoder, mask if self.decode_ratio == 1 else RunningCell(mask, self.decode_ratio))
 
 
 class MAE(nn.Module):
     """An encoder that sees the kept patches only, and a decoder that predicts only the dropped ones."""
 
-    def __init__(
-        self, encoder: EncoderModule, decoder: MaskedDecoder, mask_ratio: float = 0.75, mask: MaskKind = "random"
-    ) -> None:
+    def __init__(self, encoder: EncoderModule, decoder: MaskedDecoder, mask: Mask) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        kept_tokens(encoder.tokenizer.grid, mask_ratio)  # a grid that cannot be masked is told now, not in a worker
-        self._draw = MASKS[mask](mask_ratio)
+        mask.kept(encoder.tokenizer.grid)  # a grid that cannot be masked is told now, not in a worker
+        self._draw = mask
 
     def encoders(self) -> dict[str, EncoderModule]:
         """Return the encoder, by its modality."""
@@ -57,28 +59,31 @@ class MAE(nn.Module):
     def forward(self, batch: Batch) -> Step:
         """Return the mean squared error over the masked patches of ``signal`` [B, C, *size]."""
         tokenizer = self.encoder.tokenizer
-        patches = tokenizer.patches(batch["signal"])
-        prediction = self._predict(patches, batch)
-        target = tokenizer.target(gather(patches, batch["drop"]))
-        return Step(patch_mse(prediction, target).mean(), {})
+        patches, pad, drop = tokenizer.patches(batch), tokenizer.pad(batch), batch["drop"]
+        prediction = self._predict(patches, pad, batch)
+        scored = None if pad is None else ~pad.gather(1, drop)
+        return Step(patch_mse(prediction, tokenizer.target(gather(patches, drop)), scored).mean(), {})
 
-    def _predict(self, patches: Tensor, batch: Batch) -> Tensor:
+    def _predict(self, patches: Tensor, pad: Tensor | None, batch: Batch) -> Tensor:
         grid = self.encoder.tokenizer.grid_of(batch["signal"].shape[2:])
-        latent = self.encoder(patches, batch["keep"], batch.get("seed"), grid)
-        return self.decoder(latent, batch["keep"], batch["drop"], grid)  # type: ignore[no-any-return]
+        latent = self.encoder(patches, batch["keep"], batch.get("seed"), grid, pad)
+        return self.decoder(latent, batch["keep"], batch["drop"], grid, pad)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return (signal with the masked patches predicted, 0/1 mask of what was hidden), both [B, C, *size].
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """Return what there is, what is predicted and what was hidden, as the tokenizer cuts it: [B, C, *size] each.
 
         Predictions are put back to the signal's scale with the mean and deviation of the true patches, which a person
         looking at the picture must be told.
         """
         tokenizer = self.encoder.tokenizer
-        patches, drop = tokenizer.patches(batch["signal"]), batch["drop"]
+        patches, drop = tokenizer.patches(batch), batch["drop"]
         grid = tokenizer.grid_of(batch["signal"].shape[2:])
-        prediction = tokenizer.untarget(self._predict(patches, batch).float(), gather(patches, drop))
-        index = drop.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
-        filled = patches.scatter(1, index, prediction)
-        hidden = torch.zeros_like(patches).scatter(1, index, 1.0)
-        return tokenizer.unpatch(filled, grid), tokenizer.unpatch(hidden, grid)
+        prediction = self._predict(patches, tokenizer.pad(batch), batch).float()
+
+        def at(index: Tensor) -> Tensor:
+            return index.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+
+        hidden = torch.ones_like(patches).scatter(1, at(batch["keep"]), 0.0)
+        filled = (patches * (1 - hidden)).scatter(1, at(drop), tokenizer.untarget(prediction, gather(patches, drop)))
+        return Reconstruction(*(tokenizer.unpatch(x, grid) for x in (patches, filled, hidden)))

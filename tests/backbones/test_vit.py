@@ -56,7 +56,7 @@ def test_forward_equals_timms(size, qkv_bias, layer_scale):
     )
     signal = torch.randn(2, 3, *size)
     cls = state["cls_token"][0] + state["pos_embed"][0, :1]  # ours gives the class token no position of its own
-    tokens = torch.cat([cls.expand(2, 1, -1), tokenizer.embed(tokenizer.patches(signal))], dim=1)
+    tokens = torch.cat([cls.expand(2, 1, -1), tokenizer.embed(tokenizer.cut(signal))], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(vit(tokens), theirs.forward_features(signal), rtol=0, atol=1e-5)
 

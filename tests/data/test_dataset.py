@@ -25,7 +25,7 @@ class Views:
         self.opened += 1
         if path in ("3", "7"):
             raise BrokenFile("truncated")
-        return [torch.tensor([[float(path), rng.random()]]).expand(size) for rng in rngs]
+        return [{"signal": torch.tensor([[float(path), rng.random()]]).expand(size)} for rng in rngs]
 
 
 def samples(views=None, buckets=BUCKETS, **more):

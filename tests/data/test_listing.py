@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,11 +10,11 @@ from mmssl.data.ledger import Ledger
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError
 
-SUFFIXES = frozenset({".jpg", ".png"})
+PHOTOS = SimpleNamespace(name="image", suffixes=frozenset({".jpg", ".png"}), frame_suffixes=frozenset(), timed=False)
 
 
 def listing(path, **more):
-    return list_files(path, SUFFIXES, "image", **more)
+    return list_files(path, PHOTOS, **more)
 
 
 def touch(*paths):

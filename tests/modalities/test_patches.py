@@ -20,17 +20,17 @@ SHAPES = [
 def test_unpatch_inverts_patches_exactly(size, patch_size, channels):
     tokenizer = PatchTokenizer(size, patch_size, channels, dim=12)
     signal = torch.randn(2, channels, *size)
-    patches = tokenizer.patches(signal)
+    patches = tokenizer.cut(signal)
     assert patches.shape == (2, torch.tensor(tokenizer.grid).prod(), tokenizer.patch_dim)
     assert torch.equal(tokenizer.unpatch(patches), signal)
     longer = torch.randn(1, channels, *(2 * size[0], *size[1:]))
-    assert torch.equal(tokenizer.unpatch(tokenizer.patches(longer), tokenizer.grid_of(longer.shape[2:])), longer)
+    assert torch.equal(tokenizer.unpatch(tokenizer.cut(longer), tokenizer.grid_of(longer.shape[2:])), longer)
 
 
 def test_a_patch_is_the_slice_of_the_signal_with_channels_last_in_row_major_order():
     tokenizer = PatchTokenizer((6, 20), (3, 4), 3, dim=12)
     signal = torch.randn(2, 3, 6, 20)
-    patches = tokenizer.patches(signal)
+    patches = tokenizer.cut(signal)
     for n in range(10):
         row, column = divmod(n, 5)
         square = signal[:, :, 3 * row : 3 * row + 3, 4 * column : 4 * column + 4]
@@ -41,14 +41,14 @@ def test_a_size_that_patches_do_not_fit_is_refused():
     with pytest.raises(ValueError, match="multiple of patch size"):
         PatchTokenizer((10, 8), (4, 4), 3, dim=12)
     with pytest.raises(ValueError, match="multiple of patch size"):
-        PatchTokenizer((8, 8), (4, 4), 3, dim=12).patches(torch.zeros(1, 3, 8, 9))
+        PatchTokenizer((8, 8), (4, 4), 3, dim=12).cut(torch.zeros(1, 3, 8, 9))
 
 
 @pytest.mark.parametrize("kind", ["sincos", "learned"])
 @pytest.mark.parametrize(("size", "patch_size", "channels"), SHAPES)
 def test_embedding_some_patches_equals_embedding_all_and_picking(size, patch_size, channels, kind):
     tokenizer = PatchTokenizer(size, patch_size, channels, dim=12, positions=kind)
-    patches = tokenizer.patches(torch.randn(2, channels, *size))
+    patches = tokenizer.cut(torch.randn(2, channels, *size))
     index = torch.stack([torch.randperm(patches.shape[1])[:3] for _ in range(2)])
     everything = tokenizer.embed(patches)
     torch.testing.assert_close(tokenizer.embed(patches, index), gather(everything, index))
@@ -62,7 +62,7 @@ def test_positions_follow_the_grid_of_a_larger_signal():
     large = torch.zeros(1, 3, 12, 16)
     grid = tokenizer.grid_of(large.shape[2:])
     expected = resize_table(tokenizer.positions(), (2, 2), (3, 4))
-    torch.testing.assert_close(tokenizer.embed(tokenizer.patches(large), None, grid)[0], expected)
+    torch.testing.assert_close(tokenizer.embed(tokenizer.cut(large), None, grid)[0], expected)
 
 
 def test_normalised_target_is_maes_formula():

@@ -43,7 +43,7 @@ def batch(count=8, mix=None, multi_label=False):
     if multi_label:
         made["target"] = torch.from_numpy(rng.integers(0, 2, (count, len(CLASSES)))).float()
     if mix is not None:
-        rows = [MixDraw(mix)(rng, (4, 4)) for _ in range(count)]
+        rows = [MixDraw(mix, 2)(rng, (4, 4)) for _ in range(count)]
         made |= {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     return made
 

@@ -17,7 +17,7 @@ SIZES = pytest.mark.parametrize("size", [(16, 16), (8, 24)], ids=["square", "wid
 def pixels_of(mae, signal, index):
     """Return a 0/1 signal of the pixels in the patches at ``index``."""
     tokenizer = mae.encoder.tokenizer
-    patches = torch.zeros_like(tokenizer.patches(signal))
+    patches = torch.zeros_like(tokenizer.cut(signal))
     patches.scatter_(1, index[..., None].expand(-1, -1, patches.shape[-1]), 1.0)
     return tokenizer.unpatch(patches)
 
@@ -25,7 +25,7 @@ def pixels_of(mae, signal, index):
 def views(mae, batch):
     """Return latent, prediction, target and loss."""
     tokenizer = mae.encoder.tokenizer
-    patches = tokenizer.patches(batch["signal"])
+    patches = tokenizer.cut(batch["signal"])
     latent = mae.encoder(patches, batch["keep"], batch["seed"])
     prediction = mae.decoder(latent, batch["keep"], batch["drop"])
     return latent, prediction, tokenizer.target(gather(patches, batch["drop"])), mae(batch).loss
@@ -74,7 +74,7 @@ def test_visible_patches_are_never_scored(tiny_mae, draw_batch, monkeypatch):
     mae = tiny_mae()
     batch = draw_batch(mae, torch.randn(3, 3, 16, 16))
     fixed = torch.randn(3, 12, 48)
-    monkeypatch.setattr(mae, "_predict", lambda patches, batch: fixed)
+    monkeypatch.setattr(mae, "_predict", lambda patches, pad, batch: fixed)
     changed = batch["signal"] + 5 * pixels_of(mae, batch["signal"], batch["keep"])
     assert torch.equal(mae(batch).loss, mae({**batch, "signal": changed}).loss)
 
@@ -105,7 +105,7 @@ def test_only_visible_tokens_are_encoded_and_only_masked_ones_predicted(tiny_mae
 def test_the_encoder_costs_what_its_visible_tokens_cost(tiny_mae, draw_batch, mask_ratio):
     mae = tiny_mae(mask_ratio=mask_ratio)
     batch = draw_batch(mae, torch.randn(1, 3, 16, 16))
-    patches = mae.encoder.tokenizer.patches(batch["signal"])
+    patches = mae.encoder.tokenizer.cut(batch["signal"])
     with attention_kernel("naive"), FlopCounterMode(display=False) as counter:
         mae.encoder(patches, batch["keep"])
     kept, dim, depth = batch["keep"].shape[1], 32, 2
@@ -172,13 +172,14 @@ def test_reconstruction_shows_visible_pixels_as_they_are_and_a_perfect_predictio
 ):
     mae = tiny_mae(size=size, target=target)
     batch = draw_batch(mae, torch.randn(2, 3, *size))
-    filled, hidden = mae.reconstruct(batch)
+    original, filled, hidden = mae.reconstruct(batch)
+    assert torch.equal(original, batch["signal"])
     assert torch.equal(hidden, pixels_of(mae, batch["signal"], batch["drop"]))
     assert torch.equal(filled[hidden == 0], batch["signal"][hidden == 0])
     assert not torch.isclose(filled[hidden == 1], batch["signal"][hidden == 1]).any(dim=0).all()
-    perfect = lambda patches, batch: mae.encoder.tokenizer.target(gather(patches, batch["drop"]))  # noqa: E731
+    perfect = lambda patches, pad, batch: mae.encoder.tokenizer.target(gather(patches, batch["drop"]))  # noqa: E731
     monkeypatch.setattr(mae, "_predict", perfect)
-    torch.testing.assert_close(mae.reconstruct(batch)[0], batch["signal"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mae.reconstruct(batch).filled, batch["signal"], rtol=1e-4, atol=1e-4)
 
 
 def test_config_builds_the_objective_that_draws_its_masks(tiny_encoder):

@@ -30,9 +30,9 @@ CLEAR_MARGIN = 0.1
 class DecoderOrderNotRestored(MaskedDecoder):
     """Planted bug: tokens get the positions of their places in [visible, masked], not of the patches they stand for."""
 
-    def forward(self, latent, keep, drop, grid):
+    def forward(self, latent, keep, drop, grid, pad=None):
         order = torch.arange(keep.shape[1] + drop.shape[1]).expand(len(keep), -1)
-        return super().forward(latent, order[:, : keep.shape[1]], order[:, keep.shape[1] :], grid)
+        return super().forward(latent, order[:, : keep.shape[1]], order[:, keep.shape[1] :], grid, pad)
 
 
 class TargetsAtWrongTokens(MAE):
@@ -40,9 +40,9 @@ class TargetsAtWrongTokens(MAE):
 
     def forward(self, batch):
         tokenizer = self.encoder.tokenizer
-        patches = tokenizer.patches(batch["signal"])
+        patches = tokenizer.patches(batch)
         first = torch.arange(batch["drop"].shape[1]).expand_as(batch["drop"])
-        return Step(patch_mse(self._predict(patches, batch), tokenizer.target(gather(patches, first))).mean(), {})
+        return Step(patch_mse(self._predict(patches, None, batch), tokenizer.target(gather(patches, first))).mean(), {})
 
 
 def smooth_signals(count, rng):
@@ -69,7 +69,7 @@ def error_over_trivial(mae, draw_batch):
     """Return the squared error of the masked pixels of held-out signals over that of the mean of the visible pixels."""
     held_out = smooth_signals(256, torch.Generator().manual_seed(2))
     batch = draw_batch(mae, held_out, seed=STEPS)
-    filled, hidden = mae.reconstruct(batch)
+    _, filled, hidden = mae.reconstruct(batch)
     visible = 1 - hidden
     trivial = (held_out * visible).sum((1, 2, 3), keepdim=True) / visible.sum((1, 2, 3), keepdim=True)
     return (((filled - held_out).square() * hidden).sum() / ((trivial - held_out).square() * hidden).sum()).item()

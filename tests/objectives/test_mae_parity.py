@@ -59,7 +59,7 @@ def test_latent_prediction_loss_and_gradients_equal_transformers(mae_step, tiny_
     if size[0] == size[1]:
         torch.testing.assert_close(theirs(batch["signal"], noise=noise).loss, loss)
 
-    patches = ours.encoder.tokenizer.patches(batch["signal"])
+    patches = ours.encoder.tokenizer.cut(batch["signal"])
     our_latent = ours.encoder(patches, batch["keep"])
     our_prediction = ours.decoder(our_latent, batch["keep"], batch["drop"])
     our_loss = ours(batch).loss

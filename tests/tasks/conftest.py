@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mmssl.data.listing import Listing, list_files
-from modalities.encoder import Encoder, EncoderConfig, typed
+from modalities.encoder import MODALITIES, Encoder, EncoderConfig, typed
 from tasks.cli import main
 
 COLOURS = {"blue": (30, 40, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
@@ -30,6 +30,8 @@ class FakeEncoder:
     @staticmethod
     def transform(image: Image.Image) -> torch.Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+    batch_size = 256
 
     def features(self, signal: torch.Tensor) -> torch.Tensor:
         self.seen += len(signal)
@@ -63,7 +65,7 @@ def pictures(tmp_path):
                 shade = np.array(COLOURS.get(label, (120, 120, 120))) + rng.normal(0, noise, 3)
                 pixels = np.clip(shade + rng.normal(0, 10, (8, 8, 3)), 0, 255)
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-        return list_files(tmp_path / name, frozenset({".png"}), "image")
+        return list_files(tmp_path / name, MODALITIES["image"])
 
     return make
 
@@ -79,7 +81,7 @@ def untrained():
 @pytest.fixture(scope="session")
 def listed_halves(photos):
     """The training and the test photos."""
-    return [list_files(photos / name, frozenset({".png"}), "image") for name in ("train", "test")]
+    return [list_files(photos / name, MODALITIES["image"]) for name in ("train", "test")]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UnusableData, UserError
-from modalities.encoder import Encoder, EncoderConfig, typed
+from modalities.encoder import MODALITIES, Encoder, EncoderConfig, typed
 from tasks.embed import embed
 from tasks.features import (
     RawPixels,
@@ -22,8 +22,6 @@ from tasks.features import (
     extract,
     labelled_features,
 )
-
-PNG = frozenset({".png"})
 
 
 def expected_vectors(encoder, listing: Listing) -> torch.Tensor:
@@ -81,7 +79,7 @@ def test_nothing_but_broken_files_is_unusable(encoder, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"")
     with pytest.raises(UnusableData, match=r"none of the 3 files .* 0\.png: empty file"):
-        extract(encoder, list_files(tmp_path, PNG, "image"), skip_broken=True)
+        extract(encoder, list_files(tmp_path, MODALITIES["image"]), skip_broken=True)
 
 
 def test_features_that_are_not_finite_are_refused(encoder, pictures, cache):
@@ -197,7 +195,7 @@ def test_scores_that_would_mean_nothing_are_refused(pictures):
 def test_embed_writes_one_row_per_file(encoder, pictures, tmp_path):
     root = pictures("data", 2).root
     (root / "manifest.csv").write_text("path,label,split\nred/0.png,warm,train\nblue/1.png,,test\n")
-    listing = list_files(root, PNG, "image")
+    listing = list_files(root, MODALITIES["image"])
     result = embed(encoder, listing, tmp_path / "out.parquet")
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.column_names == ["path", "split", "label", "vector"]
@@ -227,7 +225,7 @@ def test_embed_takes_the_labels_of_folders_and_leaves_out_broken_files(encoder, 
 
 def test_embed_needs_no_labels(encoder, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    embed(encoder, list_files(tmp_path, PNG, "image"), tmp_path / "out.parquet")
+    embed(encoder, list_files(tmp_path, MODALITIES["image"]), tmp_path / "out.parquet")
     assert pq.read_table(tmp_path / "out.parquet")["label"].to_pylist() == [None]
 
 

@@ -21,7 +21,7 @@ from mmssl.data.listing import list_files
 from mmssl.errors import UserError
 from mmssl.run import Run
 from modalities.classifier import Classifier
-from modalities.encoder import Encoder, EncoderConfig, typed
+from modalities.encoder import MODALITIES, Encoder, EncoderConfig, typed
 from tasks.finetune import finetune, finetune_seeds
 
 ROOT = Path(__file__).parents[2]
@@ -71,12 +71,12 @@ def test_the_mae_protocol_is_pinned_and_what_is_changed_is_shown(encoder, halves
 
 
 @pytest.mark.parametrize(
-    ("depth", "expected"), [(12, (5e-4, 0.65, 100, 0.1)), (24, (1e-3, 0.75, 50, 0.2)), (32, (1e-3, 0.75, 50, 0.3))]
+    ("dim", "expected"), [(768, (5e-4, 0.65, 100, 0.1)), (1024, (1e-3, 0.75, 50, 0.2)), (1280, (1e-3, 0.75, 50, 0.3))]
 )
-def test_the_mae_protocol_depends_on_the_depth(depth, expected):
+def test_the_mae_protocol_depends_on_the_width(dim, expected):
     with torch.device("meta"):
         config = typed(EncoderConfig, "image", "test")
-        model = {"backbone": {"dim": 16, "depth": depth, "num_heads": 2}}
+        model = {"backbone": {"dim": dim, "depth": 2, "num_heads": 2}}
         big = Encoder(config(modality="image", model=model))
     recipe = module.finetune_recipe(big, ["a", "b"], {}, 5000, "mae")[0]
     optim, length = recipe.optim, recipe.train
@@ -120,7 +120,7 @@ def tagged(photos, tmp_path):
             tags = [path.parent.name] if int(path.stem) % 3 else []
             rows.append(f"{path},{'|'.join([*tags, *(['even'] if int(path.stem) % 2 == 0 else [])])}")
         (tmp_path / f"{name}.csv").write_text("\n".join(rows))
-        return list_files(tmp_path / f"{name}.csv", frozenset({".png"}), "image")
+        return list_files(tmp_path / f"{name}.csv", MODALITIES["image"])
 
     return [make("train"), make("test")]
 
@@ -166,7 +166,7 @@ def test_labels_of_broken_files_are_no_labels(encoder, tagged, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"")
     bare = train.columns["label"].index(None)
     (tmp_path / "few.csv").write_text(f"path,label\nbad.png,even\n{train.paths[bare]},\n")
-    few = list_files(tmp_path / "few.csv", frozenset({".png"}), "image")
+    few = list_files(tmp_path / "few.csv", MODALITIES["image"])
     train = train.select([i for i in range(len(train)) if i != bare])
     options = {"multi_label": True, "skip_broken": True, "overrides": {**FAST, "train.steps": 1}}
     with pytest.raises(UserError, match="none of the 1 validation files that can be read has a label"):

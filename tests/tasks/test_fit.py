@@ -77,16 +77,20 @@ def test_the_encoder_folder_holds_the_averages_and_the_objective_the_weights(str
     assert torch.equal(module.state_dict()[f"encoder.{name}"], objective[f"encoder.{name}"])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_is_bitwise_the_same_whatever_the_workers(straight, tmp_path, photos, tiny_settings, workers):
-    out = tmp_path / "run"
-    settings = {**tiny_settings, "data.workers": workers}
+@pytest.mark.parametrize(("modality", "workers"), [("image", 0), ("image", 2), ("video", 2), ("audio", 2)])
+def test_resuming_is_bitwise_the_same_whatever_the_workers(straight, materials, tmp_path, modality, workers):
+    recipe, folder, settings = materials[modality]
+    uninterrupted, out = straight, tmp_path / "run"
+    if modality != "image":
+        uninterrupted = tmp_path / "straight"
+        pretrain(recipe, folder, uninterrupted, settings)
+    settings = {**settings, "data.workers": workers}
     with pytest.raises(Stopped):
-        stop_after(5, lambda: pretrain("image-mae-tiny", photos, out, settings))
+        stop_after(5, lambda: pretrain(recipe, folder, out, settings))
     assert json.loads((out / "status.json").read_text())["state"] == "stopped"
-    pretrain("image-mae-tiny", photos, out, settings, resume=True)
-    assert_same(weights(straight, 12), weights(out, 12))
-    assert losses(out) == losses(straight)
+    pretrain(recipe, folder, out, settings, resume=True)
+    assert_same(weights(uninterrupted, 12), weights(out, 12))
+    assert losses(out) == losses(uninterrupted)
 
 
 def stop_after(steps: int, run) -> None:

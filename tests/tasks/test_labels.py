@@ -5,6 +5,7 @@ import pytest
 
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError
+from modalities.encoder import MODALITIES
 from tasks.labels import (
     balanced_weights,
     blind_score,
@@ -140,7 +141,7 @@ def manifest(tmp_path):
         rows = [f"{name}{i}.png,{cell}" for i, cell in enumerate(cells)]
         path = tmp_path / f"{name}.csv"
         path.write_text("\n".join(["path,tags", *rows]) + "\n")
-        return list_files(path, frozenset({".png"}), "image")
+        return list_files(path, MODALITIES["image"])
 
     return make
 
@@ -176,4 +177,4 @@ def test_mistakes_in_labels_are_one_sentence(manifest, photos):
     with pytest.raises(UserError, match="--separator is empty"):
         label_sets(train, "tags", "")
     with pytest.raises(UserError, match="needs a manifest"):
-        label_sets(list_files(photos, frozenset({".png"}), "image"), "label", "|")
+        label_sets(list_files(photos, MODALITIES["image"]), "label", "|")

@@ -1,4 +1,4 @@
-"""The real launcher: 2 gloo ranks through ``deepspeed tasks/pretrain.py``, and a stage-3 run resumed by one process."""
+"""The real launcher: 2 gloo ranks through ``deepspeed tasks/pretrain.py``, and their run resumed by one process."""
 
 import json
 import os
@@ -27,25 +27,26 @@ def launch() -> list[str]:
 
 
 @pytest.mark.distributed
-def test_two_ranks_at_stage_3_equal_one_process_and_resume_in_it(tmp_path, photos, tiny_settings):
-    words = [f"{key}={json.dumps(value)}" for key, value in tiny_settings.items() if key != "train.steps"]
+@pytest.mark.parametrize(("modality", "stage"), [("image", "zero3"), ("video", "zero2"), ("audio", "zero1")])
+def test_two_ranks_equal_one_process_and_resume_in_it(tmp_path, materials, modality, stage):
+    recipe, folder, settings = materials[modality]
+    words = [f"{key}={json.dumps(value)}" for key, value in settings.items() if key != "train.steps"]
     done = subprocess.run(
-        [*launch(), "image-mae-tiny",
-         *words, "train.steps=12", "checkpoint.every_steps=6", "checkpoint.keep=9",
-         "--data", photos, "--out", tmp_path / "two", "--deepspeed_config", "zero3"],
+        [*launch(), recipe, *words, "train.steps=12", "checkpoint.every_steps=6", "checkpoint.keep=9",
+         "--data", folder, "--out", tmp_path / "two", "--deepspeed_config", stage],
         capture_output=True, text=True, timeout=200, check=False,
         env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "ext"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    pretrain("image-mae-tiny", photos, tmp_path / "one", tiny_settings)
+    pretrain(recipe, folder, tmp_path / "one", settings)
     one, two = ([line["loss"] for line in Run(tmp_path / name).metrics()] for name in ("one", "two"))
     torch.testing.assert_close(torch.tensor(two), torch.tensor(one), atol=1e-5, rtol=0)
     assert (tmp_path / "two" / "report.html").exists()
-    # Take the last checkpoint away: one torch process goes on from step 6, where two ranks at stage 3 stood.
+    # Take the last checkpoint away: one torch process goes on from step 6, where two ranks stood.
     last = tmp_path / "two" / "checkpoints" / "step-00000012"
     last.rename(tmp_path / "step-00000012")
-    settings = {**tiny_settings, "checkpoint.every_steps": 6, "checkpoint.keep": 9}
-    pretrain("image-mae-tiny", photos, tmp_path / "two", settings, resume=True)
+    settings = {**settings, "checkpoint.every_steps": 6, "checkpoint.keep": 9}
+    pretrain(recipe, folder, tmp_path / "two", settings, resume=True)
     resumed = [line["loss"] for line in Run(tmp_path / "two").metrics()]
     assert len(resumed) == 12
     torch.testing.assert_close(torch.tensor(resumed), torch.tensor(one), atol=1e-5, rtol=0)

@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 import tasks.linear_probe
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError
+from modalities.encoder import MODALITIES
 from tasks.linear_probe import GRID, LogisticProbe, choose, fit_probe, linear_probe
 
 
@@ -152,7 +153,7 @@ def test_the_test_set_never_influences_the_choice(encoder, pictures, tmp_path):
         (tmp_path / "hard" / label).mkdir(parents=True)
         for i, level in enumerate((0, 128, 255)):
             Image.new("RGB", (8, 8), (level, level, level)).save(tmp_path / "hard" / label / f"{i}.png")
-    hard = list_files(tmp_path / "hard", frozenset({".png"}), "image")
+    hard = list_files(tmp_path / "hard", MODALITIES["image"])
     one, two = linear_probe(encoder, train, easy), linear_probe(encoder, train, hard)
     assert one.scores["top1"].value > 0.8
     assert two.scores["top1"].value == pytest.approx(1 / 3)

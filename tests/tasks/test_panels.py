@@ -10,18 +10,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 
 from mmssl.errors import UnusableData, UserError
-from tasks.panels import (
-    CAPTION,
-    Block,
-    Line,
-    Panel,
-    Shot,
-    draw,
-    fit,
-    legible,
-    shorten,
-    wrap,
-)
+from tasks.panels import Block, Line, Panel, Shot, legible
+from tasks.panels_page import CAPTION, draw, fit, shorten, wrap
 from tasks.panels_tsne import read_vectors, tsne_panel
 
 # t-SNE
@@ -110,7 +100,7 @@ def test_pictures_stand_on_the_page_pixel_by_pixel():
     page = draw(Panel("Title", "A note. " * 60, blocks))
     assert page.dtype == np.uint8
     for block in blocks:
-        expected = fit(block.lines[0].shots[0].picture, 192)
+        expected = fit(block.lines[0].shots[0].picture, 192, 192)
         assert expected.shape == (192, 160, 3)
         where = np.argwhere((page[:-191, :-159] == expected[0, 0]).all(2))
         found = [(y, x) for y, x in where if np.array_equal(page[y : y + 192, x : x + 160], expected)]
@@ -127,13 +117,13 @@ def test_many_pictures_in_a_row_shrink_to_the_width():
 
 def test_fit_keeps_pixels_square_and_never_exceeds_the_side():
     picture = np.arange(10 * 4 * 3, dtype=np.uint8).reshape(10, 4, 3)
-    assert np.array_equal(fit(picture, 25)[::2, ::2], picture)
-    assert fit(picture, 5).shape == (5, 2, 3)
-    assert fit(np.zeros((1000, 1, 3), np.uint8), 10).shape == (10, 1, 3)
+    assert np.array_equal(fit(picture, 25, 25)[::2, ::2], picture)
+    assert fit(picture, 5, 5).shape == (5, 2, 3)
+    assert fit(np.zeros((1000, 1, 3), np.uint8), 10, 10).shape == (10, 1, 3)
 
 
 def test_text_stays_in_its_room():
-    from tasks.panels import _ruler
+    from tasks.panels_page import _ruler
 
     measure, long = _ruler(CAPTION), "a/rather/long/path/to/some/picture-0123456789.png"
     short = shorten(long, 120, CAPTION)

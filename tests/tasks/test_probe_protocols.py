@@ -248,7 +248,7 @@ def test_a_layer_is_the_block_after_the_final_norm_pooled_as_the_encoder_pools(t
     encoder, signal = tiny_encoder(), torch.randn(3, 3, 16, 16)
     encoder.pooling = pool
     blocks = encoder.backbone.blocks
-    tokens = encoder._embed(encoder.tokenizer.patches(signal), None, None)
+    tokens = encoder._embed(encoder.tokenizer.cut(signal), None, None)
     outputs = []
     for block in blocks:
         tokens = block(tokens)

@@ -15,21 +15,15 @@ from sklearn.decomposition import PCA
 from mmssl.backbones.inspect import attention_maps, heaviest
 from mmssl.data.listing import list_files
 from mmssl.errors import UnusableData, UserError
-from modalities.encoder import load
-from tasks.panels import (
-    Files,
-    draw,
-    read_signal,
-    write_panel,
-)
+from modalities.encoder import MODALITIES, load
+from tasks.panels import Files, read_signal
 from tasks.panels_neighbours import neighbours_panel
-from tasks.panels_reconstruction import reconstruction_panel
+from tasks.panels_page import draw, write_panel
+from tasks.panels_reconstruction import attempts, reconstruction_panel
 from tasks.panels_tokens import attention_panel, component_colours, pca_panel, principal, split
 from tasks.pretrain import pretrain
 from tasks.show import PANELS, show
 from tasks.writer import load_objective
-
-SUFFIXES = frozenset({".png"})
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +54,8 @@ def reconstructed(run, files, ratios=(0.75, 0.85, 0.95), seed=0):
     recipe, objective = load_objective(run)
     signals = [read_signal(recipe, str(file)) for file in files]
     names = [file.name for file in files]
-    return recipe, objective, reconstruction_panel(recipe, objective, run, names, signals, ratios, seed)
+    made = attempts(recipe, objective, run, names, signals, ratios, seed)
+    return recipe, objective, reconstruction_panel(recipe, made)
 
 
 def cut(picture):
@@ -108,7 +103,7 @@ def test_attention_shows_the_last_blocks_weights(tiny_encoder, files, cls_token)
     panel = attention_panel(encoder, [f.name for f in files], signals, 0.6)
     assert panel.note.startswith(f"Attention of {'the class token.' if cls_token else 'all tokens on average'}")
     for signal, block in zip(signals, panel.blocks, strict=True):
-        tokens = encoder.tokenizer.embed(encoder.tokenizer.patches(signal[None]))
+        tokens = encoder.tokenizer.embed(encoder.tokenizer.cut(signal[None]))
         if cls_token:
             tokens = torch.cat([encoder.cls_token.expand(1, 1, -1), tokens], dim=1)
         maps = attention_maps(encoder.backbone, tokens)[0]
@@ -174,7 +169,7 @@ def test_signals_of_different_sizes_share_a_page(tiny_encoder, run):
     panels = [
         attention_panel(encoder, names, signals, 0.6),
         pca_panel(encoder, names, signals, True)[0],
-        reconstruction_panel(recipe, objective, run, names, signals, (0.5,), 0),
+        reconstruction_panel(recipe, attempts(recipe, objective, run, names, signals, (0.5,), 0)),
     ]
     for panel in panels:
         shapes = [{picture.shape for line in pictures(block) for picture in line} for block in panel.blocks]
@@ -232,10 +227,10 @@ def test_pictures_that_are_all_background_are_pointed_out(tiny_encoder, monkeypa
     captions = [block.lines[0].shots[1].caption for block in panel.blocks]
     assert len(set(captions[:2])) == 1
     assert {caption.split("\n")[1] for caption in captions} == {"all foreground", "all background"}
-    assert "Of 3 pictures, " in panel.note
-    assert "the first component divides the pictures rather than the things" in panel.note
+    assert "Of 3 files, " in panel.note
+    assert "the first component divides the files rather than what is in them" in panel.note
     assert panel.note.endswith("try more or other files.")
-    assert "Of 3 pictures" not in pca_panel(encoder, ["a", "b", "c"], signals, False)[0].note
+    assert "Of 3 files" not in pca_panel(encoder, ["a", "b", "c"], signals, False)[0].note
     tokens[0][0, :5], tokens[1][0, :5], tokens[2][0, :5] = tokens[2][0, :5], tokens[2][0, :5], -tokens[2][0, :5]
     assert "try more" not in pca_panel(encoder, ["a", "b", "c"], signals, True)[0].note
 
@@ -253,13 +248,13 @@ def test_the_split_lies_between_two_groups():
 def nearest_of(run, files, folder, k, skip_broken=False):
     encoder = load(run)
     named = Files([str(f) for f in files], [f.name for f in files])
-    listing = list_files(folder, SUFFIXES, "image")
+    listing = list_files(folder, MODALITIES["image"])
     return neighbours_panel(encoder, named, signals_of(encoder, files), listing, k, skip_broken)
 
 
 def test_neighbours_are_the_nearest_others(run, photos, files):
     panel, facts = nearest_of(run, files, photos / "test", 4)
-    encoder, paths = load(run), list_files(photos / "test", SUFFIXES, "image").paths
+    encoder, paths = load(run), list_files(photos / "test", MODALITIES["image"]).paths
     every, asked = (F.normalize(encoder.embed(list(group)), dim=1) for group in (paths, files))
     for file, row, found, block in zip(files, asked @ every.T, facts["neighbours"], panel.blocks, strict=True):
         row[paths.index(str(file))] = -2

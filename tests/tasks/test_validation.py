@@ -23,6 +23,7 @@ from mmssl.engine.torch_engine import TorchEngine
 from mmssl.errors import NonFiniteLoss, UnusableData, UserError
 from mmssl.run import Run
 from modalities.classifier import Classifier
+from modalities.encoder import MODALITIES
 from tasks.finetune import finetune
 from tasks.predict import predict
 from tasks.probe_protocols import probe
@@ -230,7 +231,7 @@ def test_resuming_with_other_labels_is_refused(encoder, tmp_path, halves, photos
         paths = sorted((photos / "train").rglob("*.png"))
         text = "\n".join(f"{path},{name}" for path, name in zip(paths, names, strict=True))
         (tmp_path / "train.csv").write_text(f"path,label\n{text}\n")
-        return list_files(tmp_path / "train.csv", frozenset({".png"}), "image")
+        return list_files(tmp_path / "train.csv", MODALITIES["image"])
 
     names = halves[0].labels()
     overrides = {**FAST, "train.steps": 1}
@@ -282,7 +283,7 @@ def test_ranks_leave_out_what_one_process_leaves_out(encoder, halves, tmp_path):
     """Planted bug that fails here: a rank gives up because all files of its share are broken."""
     for i, path in enumerate(halves[1].paths[:5]):
         (tmp_path / f"{i}.png").write_bytes(b"" if i % 2 else Path(path).read_bytes())
-    files = list_files(tmp_path, frozenset({".png"}), "image")
+    files = list_files(tmp_path, MODALITIES["image"])
 
     def asked(files):
         said = []
@@ -310,7 +311,7 @@ def test_a_broken_test_file_is_found_before_anything_is_trained(encoder, halves,
     folder = tmp_path / "test" / "along"
     folder.mkdir(parents=True)
     (folder / "bad.png").write_bytes(b"")
-    test = list_files(tmp_path / "test", frozenset({".png"}), "image")
+    test = list_files(tmp_path / "test", MODALITIES["image"])
     with pytest.raises(UnusableData, match=r"bad\.png: empty file"):
         finetune(encoder, halves[0], test, tmp_path / "run", overrides=FAST)
     with pytest.raises(UnusableData, match=r"bad\.png: empty file"):
@@ -324,7 +325,7 @@ def test_a_broken_validation_file_stops_the_run_by_name_or_is_left_out(encoder, 
     folder.mkdir(parents=True)
     (folder / "bad.png").write_bytes(b"")
     shutil.copy(train.paths[-1], folder / "good.png")
-    validation = list_files(tmp_path / "validation", frozenset({".png"}), "image")
+    validation = list_files(tmp_path / "validation", MODALITIES["image"])
     with pytest.raises(UnusableData, match=r"bad\.png: empty file"):
         finetune(encoder, *halves, tmp_path / "a", validation=validation, overrides=FAST)
     assert not (tmp_path / "a").exists()

@@ -1,0 +1,66 @@
+"""Pieces of a file: a path may end in ``#t=START,END``, in seconds, as W3C media fragments have it.
+
+So a piece is a path like any other: in listings, ledgers, tables of results and on the command line.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_FRAGMENT = re.compile(r"#t=(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?$")
+
+
+class Span(NamedTuple):
+    """A file, and which part of it is meant: from ``start`` to before ``end``, in seconds; None is the file's end."""
+
+    file: str
+    start: float = 0.0
+    end: float | None = None
+
+
+def split(path: str) -> Span:
+    """Return the file and the piece that ``path`` means; the whole file where it has no fragment."""
+    match = _FRAGMENT.search(path)
+    if match is None or match.end() - match.start() == len("#t="):
+        return Span(path)
+    start, end = match.groups()
+    return Span(path[: match.start()], float(start or 0), None if end is None else float(end))
+
+
+def join(file: str, start: float | None, end: float | None) -> str:
+    """Return the path of a piece; raises ValueError where it is none: not finite, negative, or nothing in it."""
+    if start is None and end is None:
+        return file
+    first, last = start or 0.0, math.inf if end is None else end
+    if not 0 <= first < last or math.isnan(last) or end == math.inf:
+        raise ValueError(f"a piece goes from a time to a later one, in seconds, but got {start} to {end}")
+    return f"{file}#t={_plain(first)}" + ("" if end is None else f",{_plain(end)}")
+
+
+def file_of(path: str) -> str:
+    """Return the file that ``path`` is, or is a piece of."""
+    return split(path).file
+
+
+def _plain(seconds: float) -> str:
+    return f"{seconds:.6f}".rstrip("0").rstrip(".")
+
+
+def real(path: str) -> Span:
+    """Return what a path leads to, whatever its spelling: the file behind all links, and the piece."""
+    span = split(path)
+    return span._replace(file=os.path.realpath(span.file))
+
+
+def overlapping(a: Sequence[str], b: Sequence[str]) -> list[str]:
+    """Return the paths of ``b`` that share a moment, or all of a file, with one of ``a``."""
+    pieces: dict[str, list[Span]] = {}
+    for span in map(real, a):
+        pieces.setdefault(span.file, []).append(span)
+    return [path for path in b if any(_meet(one, real(path)) for one in pieces.get(real(path).file, []))]
+
+
+def _meet(a: Span, b: Span) -> bool:
+    return (b.end is None or a.start < b.end) and (a.end is None or b.start < a.end)

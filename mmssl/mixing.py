@@ -39,9 +39,9 @@ class MixConfig(Piece):
 class MixDraw:
     """Draws how a sample would be mixed with its neighbour; picklable, for the data worker.
 
-    Calling it with a generator (and a token grid, which does not matter) returns ``mix_weight``, float32 [], the share of
-    the sample's own content, and ``mix_box``, float32 [2 * axes], for signals of so many ``axes``: 2 for pictures, 1 for
-    sound.
+    Calling it with a generator (and a token grid, which does not matter) returns ``mix_weight``, float32 [], the share
+    of the sample's own content, and ``mix_box``, float32 [2 * axes], for signals of so many ``axes``: 2 for pictures,
+    1 for sound.
     """
 
     def __init__(self, config: MixConfig, axes: int) -> None:

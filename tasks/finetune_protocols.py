@@ -50,8 +50,9 @@ VIDEO_MAE: dict[str, Any] = {
     "optim.warmup": "5ep",
     "train.batch_size": 384,
 }
-"""VideoMAE's fine-tuning on Kinetics-400 (arXiv:2203.12602, appendix; rates and epochs as in the authors' scripts),
-tested on 5 clips x 3 crops. Unlike there a file is opened once per epoch for one clip, not two: ours mixes neighbours."""
+"""VideoMAE's fine-tuning on Kinetics-400 (arXiv:2203.12602, appendix; rates and epochs as in the authors' scripts).
+
+It is tested on 5 clips x 3 crops. Unlike there a file gives one clip per epoch, not two: ours mixes neighbours."""
 
 AUDIO_MAE: dict[str, Any] = {
     "signal.spec_mask": {"time": 192, "frequency": 48},

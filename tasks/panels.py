@@ -76,14 +76,14 @@ def arranged(blocks: Sequence[Block]) -> Sequence[Block]:
 
 
 def _turned(block: Block) -> Block:
-    first, *others = block.lines
-    # The label of a line that is now a column goes to each of its pictures.
-    named = [
-        [shot and replace(shot, caption=f"{line.label}: {shot.caption}") if line.label else shot for shot in line.shots]
-        for line in others
-    ]
-    columns = zip_longest(first.shots, *named)
+    columns = zip_longest(*([shot and _relabelled(line, shot) for shot in line.shots] for line in block.lines))
     return Block(block.name, [Line("", shots) for shots in columns])
+
+
+def _relabelled(line: Line, shot: Shot) -> Shot:
+    # The label of a line that is now a column goes to each of its pictures; their captions have room on one line.
+    label = f"{line.label}: " if line.label else ""
+    return replace(shot, caption=label + shot.caption.replace("\n", ", "))
 
 
 # Files

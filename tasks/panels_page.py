@@ -65,6 +65,8 @@ class Layout(NamedTuple):
     """Height and width of the room for one picture and its axes."""
     inset: int
     """How much of its width the axes take."""
+    gap: int
+    """Pixels between pictures."""
     block: tuple[int, int]
     """Height and width of a block."""
     across: int
@@ -109,10 +111,19 @@ def _room(panel: Panel) -> tuple[int, int]:
     """Return how high and wide a picture may be."""
     if panel.side is not None:
         return panel.side, panel.side
-    width = (WIDTH - 2 * MARGIN) // _columns(panel) - GAP
-    if any(map(is_wide, pictures_of(panel.blocks))):
+    width = (WIDTH - 2 * MARGIN) // _columns(panel) - _gap(panel)
+    if _stacked(panel):
         return LARGEST, width - _insets(panel)[1]
     return (min(LARGEST, max(SMALLEST, width)),) * 2
+
+
+def _stacked(panel: Panel) -> bool:
+    return any(map(is_wide, pictures_of(panel.blocks)))
+
+
+def _gap(panel: Panel) -> int:
+    """Return the pixels between pictures: more than between the frames of a strip."""
+    return BETWEEN if _stacked(panel) else GAP
 
 
 def _insets(panel: Panel) -> tuple[int, int]:
@@ -138,8 +149,8 @@ def _columns(panel: Panel) -> int:
 def _layout(panel: Panel, pictures: Sequence[Picture]) -> Layout:
     below, inset = _insets(panel)
     cell = max(p.shape[0] for p in pictures) + below, max(p.shape[1] for p in pictures) + inset
-    columns = _columns(panel)
-    width = columns * cell[1] + (columns - 1) * GAP
+    columns, gap = _columns(panel), _gap(panel)
+    width = columns * cell[1] + (columns - 1) * gap
     height = max(
         NAME.leading * bool(block.name)
         + sum(_words(line) + cell[0] for line in block.lines)
@@ -148,7 +159,7 @@ def _layout(panel: Panel, pictures: Sequence[Picture]) -> Layout:
     )
     across = min(len(panel.blocks), max(1, (WIDTH - 2 * MARGIN + BETWEEN) // (width + BETWEEN)))
     page = max(LEAST_WIDTH, 2 * MARGIN + across * (width + BETWEEN) - BETWEEN)
-    return Layout(cell, inset, (height, width), across, page)
+    return Layout(cell, inset, gap, (height, width), across, page)
 
 
 def _words(line: Line) -> int:
@@ -170,7 +181,7 @@ def _draw_block(
         for i, shot in enumerate(shots):
             if shot is None:
                 continue
-            left = x + i * (layout.cell[1] + GAP)
+            left = x + i * (layout.cell[1] + layout.gap)
             for j, words in enumerate(reversed(shot.caption.split("\n")), start=1):
                 page.write(y - j * CAPTION.leading, left + layout.inset, words, CAPTION, layout.cell[1] - layout.inset)
             page.paste(y, left + layout.inset, shot.picture)

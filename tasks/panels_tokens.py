@@ -65,7 +65,7 @@ def attention_panel(encoder: Encoder, names: Sequence[str], signals: Sequence[Te
         lines = [Line("attention", heat), Line(f"patches with {share} of it", kept)]
         blocks.append(Block(name, lines))
     note = (
-        f"Attention of {whose}. Each map goes from 0 (dark) to its head's largest weight (bright). Below it, lit, the "
+        f"Attention of {whose}. Each map goes from 0 (dark) to its head's largest weight (bright). With it, lit, the "
         f"fewest patches that together hold {share} of the head's attention to patches."
     )
     return Panel("Attention of the last block, by head", note, arranged(blocks))

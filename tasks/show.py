@@ -198,7 +198,7 @@ def _write(out: Path, recipe: Recipe, made: Sequence[Attempts], more: str) -> st
                 f"{out}: a GIF has at most {FASTEST} frames per second, but these have {rate:.4g}; take .webp"
             )
         content = animate(pages, rate, suffix[1:].upper())
-        note = f"{rate:.3g} frames per second, as in the file.{target_note(recipe)}"
+        note = f"{rate:.3g} frames per second: the file's own pace.{target_note(recipe)}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(out) as aside:
         aside.write_bytes(content)

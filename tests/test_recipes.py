@@ -15,8 +15,6 @@ from tasks.pretrain import dry_run, pretrain
 RECIPES = sorted(recipe_names())
 
 SMALL = {
-    "signal.size": [32, 32],
-    "model.tokenizer.patch_size": 8,
     "model.backbone.dim": 16,
     "model.backbone.depth": 2,
     "model.backbone.num_heads": 2,
@@ -26,6 +24,14 @@ SMALL = {
     "data.workers": 0,
 }
 """What makes a recipe a second's work and leaves the rest of it (checkpointing, schedules ...) as it is."""
+SMALL_SIGNAL = {
+    "image": {"signal.size": [32, 32], "model.tokenizer.patch_size": 8},
+    "video": {
+        "signal.frames": 4, "signal.size": [16, 16], "signal.stride": 2, "signal.short": "hold",
+        "model.tokenizer.patch_size": [2, 4, 4],
+    },
+    "audio": {"signal.seconds": 0.32, "signal.mels": 32, "model.tokenizer.patch_size": 8},
+}  # fmt: skip
 
 
 PUBLISHED = {
@@ -75,16 +81,19 @@ def test_a_published_model_can_be_planned_whole(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains(name, photos, tmp_path):
-    result = pretrain(name, photos, tmp_path / "run", SMALL)
+def test_a_recipe_trains(name, materials, tmp_path):
+    given = load_recipe(name)
+    files = materials[given.modality].folder
+    result = pretrain(name, files, tmp_path / "run", SMALL | SMALL_SIGNAL[given.modality])
     assert result.steps == 1
     assert math.isfinite(result.loss)
     stored = read_yaml(Run(result.run).config_file)
-    given = load_recipe(name).as_dict()
-    assert stored["model"]["backbone"]["checkpointing"] == given["model"]["backbone"]["checkpointing"]
-    assert stored["optim"] == given["optim"]
-    vector = load(result.run).embed(torch.zeros(1, 3, 32, 32))
-    assert torch.isfinite(torch.as_tensor(vector)).all()
+    assert stored["model"]["backbone"]["checkpointing"] == given.model.backbone.checkpointing
+    assert stored["optim"] == given.as_dict()["optim"]
+    encoder = load(result.run)
+    vectors = encoder.embed(encoder.files(files / "test").paths)
+    assert vectors.shape[1] == 16
+    assert torch.isfinite(vectors).all()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -126,8 +126,9 @@ class Listing:
 def list_files(path: str | Path, kind: Media, split: str | None = None, default_split: str | None = None) -> Listing:
     """Return what ``path`` holds of the modality ``kind``.
 
-    The columns ``start`` and ``end`` of a manifest, in seconds, make its rows pieces of files. ``split`` selects the rows
-    of one split, which must exist; ``default_split`` is selected if there are rows of it. Raises UserError, one sentence, for a path that holds nothing or a manifest that cannot be read.
+    The columns ``start`` and ``end`` of a manifest, in seconds, make its rows pieces of files. ``split`` selects the
+    rows of one split, which must exist; ``default_split`` is selected if there are rows of it. Raises UserError, one
+    sentence, for a path that holds nothing or a manifest that cannot be read.
     """
     root = Path(path)
     piece = fragment.split(str(path)) if kind.timed else fragment.Span(str(path))

@@ -246,3 +246,45 @@ def test_ledger_in_memory():
     ledger = Ledger(None)
     ledger.add("a.jpg", "truncated")
     assert ledger.count == 1
+
+
+FILMS = SimpleNamespace(
+    name="video", suffixes=frozenset({".mp4"}), frame_suffixes=frozenset({".jpg", ".png"}), timed=True
+)
+
+
+def test_a_folder_of_numbered_pictures_is_one_film(tmp_path):
+    root = tmp_path / "films"
+    touch(*(root / "b" / f"{i}.jpg" for i in range(3)), root / "b" / "notes.txt")
+    touch(root / "a.mp4", root / "c" / "d.mp4", root / "c" / "cover1.jpg", root / "c" / "cover2.jpg")
+    touch(root / "lone" / "1.png", root / "unnumbered" / "x.png", root / "unnumbered" / "y.png")
+    found = list_files(root, FILMS)
+    assert names(found) == ["a.mp4", "b", "c/d.mp4"]
+    assert found.ignored == {".jpg": 2, ".png": 3, ".txt": 1}
+    assert found.select([2]).labels() == ["c"]
+    alone = list_files(root / "b", FILMS)
+    assert (names(alone), alone.paths) == (["b"], [str(root / "b")])
+
+
+def test_start_and_end_make_pieces(tmp_path):
+    (tmp_path / "manifest.csv").write_text("path,start,end,label\na.mp4,0,1.5,x\na.mp4,1.5,,y\nb.mp4,,,z\n")
+    found = list_files(tmp_path, FILMS)
+    assert names(found) == ["a.mp4#t=0,1.5", "a.mp4#t=1.5", "b.mp4"]
+    assert found.labels() == ["x", "y", "z"]
+    # Pictures have no moments.
+    assert names(listing(tmp_path)) == ["a.mp4", "a.mp4", "b.mp4"]
+
+
+@pytest.mark.parametrize("row", ["a.mp4,2,1", "a.mp4,soon,", "a.mp4,,-1", "a.mp4,nan,"])
+def test_times_that_are_none_name_their_row(tmp_path, row):
+    (tmp_path / "m.csv").write_text(f"path,start,end\nb.mp4,0,1\n{row}\n")
+    with pytest.raises(UserError, match=r"row 2 starts at .* give seconds"):
+        list_files(tmp_path / "m.csv", FILMS)
+
+
+def test_a_piece_on_the_command_line(tmp_path):
+    touch(tmp_path / "a.mp4")
+    found = list_files(f"{tmp_path}/a.mp4#t=1,2", FILMS)
+    assert (names(found), len(found)) == (["a.mp4#t=1,2"], 1)
+    with pytest.raises(UserError, match="does not exist"):
+        list_files(f"{tmp_path}/b.mp4#t=1,2", FILMS)

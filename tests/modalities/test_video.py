@@ -185,7 +185,8 @@ def test_augmentation_is_the_same_for_all_frames(tmp_path):
 
 
 def test_large_frames_are_decoded_smaller_unless_that_is_switched_off(tmp_path, here, monkeypatch):
-    path, sizes, opened = write_video(tmp_path / "x.mp4", numbered(6, 192, 256), crf="10"), [], video_views.open_video
+    large = numbered(6, H, W).repeat(4, 1).repeat(4, 2)
+    path, sizes, opened = write_video(tmp_path / "x.mp4", large, crf="10"), [], video_views.open_video
 
     @contextmanager
     def watched(*given):
@@ -200,7 +201,8 @@ def test_large_frames_are_decoded_smaller_unless_that_is_switched_off(tmp_path, 
         fast, slow = (clips(path, settings(draft=draft, **how), seed)[0] for draft in (True, False))
         assert (48, 64) in sizes
         assert sizes[-1] is None
-        assert 0 < (fast - slow).abs().mean() < 0.03
+        # A box begins with a pixel, which is larger in one of them.
+        assert 0 < (fast - slow).abs().mean() < 0.02
 
 
 # What a video may be

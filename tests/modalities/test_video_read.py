@@ -97,6 +97,14 @@ def test_only_what_the_wanted_frames_depend_on_is_decoded(made, monkeypatch):
     assert len(fed) == (64 - 60 + 1) + (31 - 30 + 1)
 
 
+@pytest.mark.parametrize("name", ["b-frames.mp4", "open-groups.mp4", "open-groups.mkv", "open-groups.ts", "vp8.webm"])
+def test_key_frames_are_enough_to_begin_at(made, name, monkeypatch):
+    monkeypatch.delattr(video_stream.PyAV, "_decoded_from_the_first")
+    with open_video(str(made(name))) as video:
+        assert numbers(video.read([70])) == [70]
+        assert numbers(video.read([11, 12, 13, 34, 35, 36])) == [11, 12, 13, 34, 35, 36]
+
+
 def test_scaling_while_decoding_is_near_scaling_afterwards(made):
     with open_video(str(made("b-frames.mp4"))) as video:
         whole, small = video.read([20, 50]), video.read([20, 50], (24, 40))
@@ -177,6 +185,11 @@ def test_truncated_files_are_refused_and_intact_ones_are_not(tmp_path, name):
     for fraction in (0.9, 0.6, 0.3):
         said = reason(cut(path, fraction, tmp_path / f"cut{path.suffix}"))
         assert re.search(f"{expected}|not a video", said), (fraction, said)
+
+
+def test_a_length_in_seconds_that_is_not_reached_is_told(tmp_path):
+    path = write_video(tmp_path / "video.flv", numbered(40), codec="libx264")
+    assert re.fullmatch(r"truncated: 0\.\d\d of 1\.60 s", reason(cut(path, 0.6)))
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".webm", ".avi"])

@@ -1,10 +1,14 @@
-"""The demo: what self-supervision is for, shown on pictures that come with the package, offline and in minutes."""
+"""The demos: what self-supervision is for, shown on media that come with the package, offline and in minutes.
+
+A demo is data: an archive, settings and what is measured (``Demo``). Running it is the same for all of them.
+"""
 
 import os
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +23,70 @@ from mmssl.files import write_json
 from mmssl.run import Run
 from modalities.encoder import MODALITIES, Encoder, load
 from tasks.build import load_recipe
-from tasks.features import Extractor, RawPixels, class_targets
+from tasks.features import Extractor, class_targets
 from tasks.finetune import finetune
 from tasks.knn import knn
 from tasks.labels import subset
 from tasks.linear_probe import linear_probe
 from tasks.metrics import Score
-from tasks.pretrain import pretrain
+from tasks.pretrain import pretrain, training_files
 from tasks.report import Table, Words, write_report
 from tasks.run_report import run_sections
 
-PICTURES = Path(__file__).parent / "demo_data" / "pictures.tar.xz"
-SHOTS = 10
+DATA = Path(__file__).parent / "demo_data"
 RANDOM_SEED = 4
 """Of the encoder with random weights."""
-PRETRAINING = {
-    # 28 x 28 digits: patches of 7 leave 16 tokens, few enough to learn something from in two minutes.
-    "signal.size": [28, 28],
-    "signal.crop_scale": [0.5, 1.0],
-    "signal.flip": False,  # a mirrored 2 is not a 2
-    # The same for each channel: with ImageNet's, black is a little coloured, and normalised patches amplify that.
-    "signal.mean": [0.5, 0.5, 0.5],
-    "signal.std": [0.5, 0.5, 0.5],
-    "model.tokenizer.patch_size": [7, 7],
-    # Many small steps: 128 at a time reached with 110,000 pictures a lower loss than 256 with 150,000.
-    "optim.base_lr": 3e-3,
-    "train.batch_size": 128,
-    "train.steps": 1000,
-    "data.workers": 1,
-}
-FINETUNING = {
-    "optim.base_lr": 5e-3,
-    "optim.layer_decay": 0.8,
-    "train.batch_size": 50,
-    "train.steps": 200,
-    "data.workers": 1,
-}
+PRETRAINED, SCRATCH, RANDOM = "pre-trained", "scratch", "random weights"
+TUNED = "fine-tuned"
 
 Rows = dict[tuple[str, str], dict[str, Score]]
 """(method, starting point) -> column -> accuracy."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the encoder: the rows of the manifest with a ``source``, their labels, how many of them."""
+
+    what: str
+    """What is to be recognised, in the plural: a column of the table."""
+    source: str
+    shots: int
+    """Labels per class."""
+    train: str = "train"
+    test: str = "test"
+    """Names of the splits."""
+    finetuning: Mapping[str, Any] | None = None
+    """Settings of fine-tuning; None does without it."""
+
+    @property
+    def few(self) -> str:
+        """How few labels there are, in words."""
+        return f"{self.shots} labels per class"
+
+    @property
+    def column(self) -> str:
+        """The heading of its column."""
+        return f"{self.what}, {self.few}"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A demo's data and settings; the first question, which is to be fine-tuned for, gives the report its title."""
+
+    modality: str
+    archive: Path
+    """What is unpacked: media, and a manifest with the columns path, label, split and source."""
+    recipe: str
+    pretraining: Mapping[str, Any]
+    questions: Sequence[Question]
+    baselines: Callable[[Encoder], dict[str, Extractor]]
+    """What the encoder is compared with besides itself at random, by name."""
+    nouns: str
+    """What is learned from, in the plural."""
+    note: str
+    """What the report says of the data and the baselines."""
+    shown: Callable[[Listing], list[int]]
+    """Which of the files of the split ``test`` are shown reconstructed."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +96,7 @@ class DemoResult:
     out: Path
     rows: Rows
     columns: list[str]
+    nouns: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values; scores are fractions."""
@@ -78,7 +108,8 @@ class DemoResult:
 
     def render(self, console: Console) -> None:
         """Print the table and where to look next."""
-        table = RichTable(title="accuracy on test pictures", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        title = f"accuracy on test {self.nouns}"
+        table = RichTable(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
         for column in ("", "starting from", *self.columns):
             table.add_column(column)
         for (method, start), scores in self.rows.items():
@@ -89,56 +120,48 @@ class DemoResult:
         )
 
 
+def demos() -> dict[str, Demo]:
+    """Return the demos by modality."""
+    from tasks import demo_audio, demo_image, demo_video
+
+    return {one.DEMO.modality: one.DEMO for one in (demo_image, demo_video, demo_audio)}
+
+
 def demo(modality: str = "image", out: str | Path = "demo-run") -> DemoResult:
-    """Pre-train a tiny MAE on handwritten digits and a few emoji, and measure it with ten labels per digit."""
-    demos: dict[str, Callable[[Path], DemoResult]] = {"image": image_demo}
-    if modality not in demos:
-        raise UserError(f"--modality '{modality}' has no demo{nearest(modality, demos)}")
-    return demos[modality](Path(out))
+    """Pre-train a tiny masked autoencoder on what comes with the package, and measure it with few labels."""
+    known = demos()
+    if modality not in known:
+        raise UserError(f"--modality '{modality}' has no demo{nearest(modality, known)}")
+    return run_demo(known[modality], Path(out))
 
 
-def image_demo(out: Path) -> DemoResult:
-    """Run the demo on pictures: ``out`` gets the data, the run, two fine-tuned runs, the table and the report."""
+def run_demo(demo: Demo, out: Path) -> DemoResult:
+    """Run a demo: ``out`` gets the data, the run, two fine-tuned runs per question, the table and the report."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give another --out")
     data, run = out / "data", out / "pretrained"
     # A model this small leaves a core to the data worker: on two cores one thread trains 1.3 x faster than two.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
-    unpack(PICTURES, data)
-    note("1 of 3: pre-training a masked autoencoder on 8,400 pictures without labels")
-    pretrain(load_recipe("image-mae-tiny", PRETRAINING), data, run)
-    train, test = (digits(data, split) for split in ("train", "test"))
+    unpack(demo.archive, data)
+    recipe = load_recipe(demo.recipe, demo.pretraining)
+    learned_from = f"{len(training_files(recipe, data, None)):,} {demo.nouns}"
+    note(f"1 of 3: pre-training a masked autoencoder on {learned_from} without labels")
+    pretrain(recipe, data, run)
     encoder = load(run)
+    rows: Rows = {}
+    note(f"2 of 3: fine-tuning with {demo.questions[0].few}, from the pre-trained encoder and from scratch")
+    for question in demo.questions:
+        fine_tune(question, encoder, data, out, rows)
+    note("3 of 3: linear probe and nearest neighbours on frozen features")
     torch.manual_seed(RANDOM_SEED)
     random = Encoder(encoder.config).eval()
-    few = f"{SHOTS} labels per class"
-    _, targets, _ = class_targets(train, test)
-    chosen = train.select(subset(targets, None, SHOTS, 0) or [])
-    rows: Rows = {}
-    note(f"2 of 3: fine-tuning with {few}, from the pre-trained encoder and from scratch")
-    for start, scratch in (("pre-trained", False), ("scratch", True)):
-        folder = out / f"finetuned-from-{start}"
-        tuned = finetune(encoder, train, test, folder, shots=SHOTS, scratch=scratch, overrides=FINETUNING)
-        rows["fine-tuned", start] = {few: tuned.scores["top1"]}
-    note("3 of 3: linear probe and nearest neighbours on frozen features")
-    starts: dict[str, Extractor] = {"pre-trained": encoder, "random weights": random, "raw pixels": RawPixels(encoder)}
-    for method, measure in (("linear probe", probe_top1), ("10 nearest neighbours", knn_top1)):
-        for start, extractor in starts.items():
-            rows[method, start] = {few: measure(extractor, chosen, test)}
-    result = DemoResult(out, rows, [few])
+    starts: dict[str, Extractor] = {PRETRAINED: encoder, RANDOM: random, **demo.baselines(encoder)}
+    for question in demo.questions:
+        frozen(question, starts, data, rows)
+    result = DemoResult(out, rows, [question.column for question in demo.questions], demo.nouns)
     write_json(out / "demo.json", result.as_dict())
-    report(result, data)
+    report(demo, result, data, learned_from)
     return result
-
-
-def probe_top1(extractor: Extractor, train: Listing, test: Listing) -> Score:
-    """Return the linear probe's accuracy."""
-    return linear_probe(extractor, train, test).scores["top1"]
-
-
-def knn_top1(extractor: Extractor, train: Listing, test: Listing) -> Score:
-    """Return the accuracy of 10 nearest neighbours."""
-    return knn(extractor, train, test, k=(10,)).scores[10]["top1"]
 
 
 def note(text: str) -> None:
@@ -147,48 +170,37 @@ def note(text: str) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the demo's pictures."""
+    """Unpack a demo's data."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
 
 
-def digits(data: Path, split: str) -> Listing:
-    """Return the digits of a split; the emoji have no labels and are there for their colours."""
-    kind = MODALITIES["image"]
-    listing = list_files(data, kind, split=split)
-    return listing.select([i for i, source in enumerate(listing.columns["source"]) if source == "digits"])
+def listed(question: Question, modality: str, data: Path, split: str) -> Listing:
+    """Return the files that a question is about."""
+    listing = list_files(data, MODALITIES[modality], split=split)
+    return listing.select([i for i, source in enumerate(listing.columns["source"]) if source == question.source])
 
 
-def report(result: DemoResult, data: Path) -> None:
-    """Write the demo's report over the run's: its finding first."""
-    rows = result.rows
-    few = result.columns[0]
-    tuned, scratch = rows["fine-tuned", "pre-trained"][few], rows["fine-tuned", "scratch"][few]
-    better = tuned.low > scratch.high
-    title = (
-        f"With {few}: {100 * tuned.value:.0f} % right after pre-training, {100 * scratch.value:.0f} % from scratch"
-        if better
-        else f"With {few}, pre-training made no clear difference here"
-    )
-    table = Table(
-        "What was learned without labels",
-        "Accuracy on 2,000 test digits with a 95 % bootstrap interval. Every row is what this run measured.",
-        ["method", "starting from", *result.columns],
-        [[method, start, *(scores.get(c, "") for c in result.columns)] for (method, start), scores in rows.items()],
-        highlight=[0],
-    )
-    kind = MODALITIES["image"]
-    held_out = list_files(data, kind, split="test")
-    emoji = [i for i, source in enumerate(held_out.columns["source"]) if source == "emoji"]
-    digit = [i for i, source in enumerate(held_out.columns["source"]) if source == "digits"][:: 2000 // 6]
-    sections = run_sections(Run(result.out / "pretrained"), held_out.select([*digit[:6], *emoji]), held_out=True)
-    words = Words(
-        "How to read this",
-        "An encoder learned from pictures alone, by predicting hidden patches from visible ones. Then it was given "
-        f"{few}: fine-tuning trains all of it, the linear probe and the nearest neighbours use its vectors as they "
-        "are. "
-        "Scratch, random weights and raw pixels are the same measurements without pre-training.",
-    )
-    subtitle = "A masked autoencoder, pre-trained on 8,400 unlabelled pictures on this machine"
-    write_report(result.out / "report.html", title, subtitle, [table, words, *sections])
+def fine_tune(question: Question, encoder: Encoder, data: Path, out: Path, rows: Rows) -> None:
+    """Add to ``rows`` what fine-tuning with few labels reaches, from the encoder and from scratch."""
+    if question.finetuning is None:
+        return
+    train, test = (listed(question, encoder.modality, data, split) for split in (question.train, question.test))
+    for start, scratch in ((PRETRAINED, False), (SCRATCH, True)):
+        folder = out / f"{question.source}-from-{start}"
+        tuned = finetune(
+            encoder, train, test, folder, shots=question.shots, scratch=scratch, overrides=question.finetuning
+        )
+        rows.setdefault((TUNED, start), {})[question.column] = tuned.scores["top1"]
+
+
+def frozen(question: Question, starts: Mapping[str, Extractor], data: Path, rows: Rows) -> None:
+    """Add to ``rows`` what the features of every starting point reach with the labels that fine-tuning had."""
+    modality = starts[PRETRAINED].modality  # type: ignore[attr-defined]
+    train, test = (listed(question, modality, data, split) for split in (question.train, question.test))
+    _, targets, _ = class_targets(train, test)
+    train = train.select(subset(targets, None, question.shots, 0) or [])
+    for method, measure in (("linear probe", probe_top1), ("nearest neighbours", knn_top1)):
+        for start, extractor in starts.items():
+            rows.setdefault((method, start), {})[question.column] = measure(extractor, train, test)

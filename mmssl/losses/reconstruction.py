@@ -10,7 +10,7 @@ def patch_mse(prediction: Tensor, target: Tensor, scored: Tensor | None = None) 
     with ``scored`` [B, M], the ones where it is True. A sample of which nothing is scored has a loss of 0. Computed in
     fp32 whatever the precision of the prediction.
     """
-    errors = (prediction.float() - target.float()).square().mean(2)
+    errors = (prediction.float() - target.float()).square()
     if scored is None:
-        return errors.mean(1)
-    return (errors * scored).sum(1) / scored.sum(1).clamp(min=1)
+        return errors.mean(dim=(1, 2))
+    return (errors.mean(2) * scored).sum(1) / scored.sum(1).clamp(min=1)

@@ -57,8 +57,8 @@ SETS = {
     ),
     "scenes": Set(
         "video-mae-tiny",
-        ["signal.fps=8", "train.batch_size=64", "optim.base_lr=2e-3", "data.workers=1"],
-        1000,
+        ["signal.fps=8", "train.batch_size=32", "optim.base_lr=4e-3", "data.workers=1"],
+        600,
         ["signal.fps=8", "optim.base_lr=5e-3", "optim.layer_decay=0.8", "train.batch_size=32", "data.workers=1"],
         {"100%": 150},
     ),

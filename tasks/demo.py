@@ -8,7 +8,6 @@ import sys
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ from tasks.run_report import run_sections
 DATA = Path(__file__).parent / "demo_data"
 RANDOM_SEED = 4
 """Of the encoder with random weights."""
-PRETRAINED, SCRATCH, RANDOM = "pre-trained", "scratch", "random weights"
-TUNED = "fine-tuned"
+PRETRAINED, SCRATCH = "pre-trained", "scratch"
+NEIGHBOURS = 10
 
 Rows = dict[tuple[str, str], dict[str, Score]]
 """(method, starting point) -> column -> accuracy."""
@@ -148,19 +147,21 @@ def run_demo(demo: Demo, out: Path) -> DemoResult:
     note(f"1 of 3: pre-training a masked autoencoder on {learned_from} without labels")
     pretrain(recipe, data, run)
     encoder = load(run)
+    asked = [(question, *sides(question, demo.modality, data)) for question in demo.questions]
     rows: Rows = {}
     note(f"2 of 3: fine-tuning with {demo.questions[0].few}, from the pre-trained encoder and from scratch")
-    for question in demo.questions:
-        fine_tune(question, encoder, data, out, rows)
+    for one in asked:
+        fine_tune(*one, encoder, out, rows)
     note("3 of 3: linear probe and nearest neighbours on frozen features")
     torch.manual_seed(RANDOM_SEED)
     random = Encoder(encoder.config).eval()
-    starts: dict[str, Extractor] = {PRETRAINED: encoder, RANDOM: random, **demo.baselines(encoder)}
-    for question in demo.questions:
-        frozen(question, starts, data, rows)
+    starts: dict[str, Extractor] = {PRETRAINED: encoder, "random weights": random, **demo.baselines(encoder)}
+    for one in asked:
+        frozen(*one, starts, rows)
     result = DemoResult(out, rows, [question.column for question in demo.questions], demo.nouns)
     write_json(out / "demo.json", result.as_dict())
-    report(demo, result, data, learned_from)
+    tests = {question.column: len(test) for question, _, test in asked}
+    report(demo, result, tests, learned_from)
     return result
 
 
@@ -176,31 +177,74 @@ def unpack(archive: Path, folder: Path) -> None:
         tar.extractall(folder, filter="data")
 
 
-def listed(question: Question, modality: str, data: Path, split: str) -> Listing:
-    """Return the files that a question is about."""
-    listing = list_files(data, MODALITIES[modality], split=split)
-    return listing.select([i for i, source in enumerate(listing.columns["source"]) if source == question.source])
+def sides(question: Question, modality: str, data: Path) -> tuple[Listing, Listing]:
+    """Return the training and the test files that a question is about."""
+    both = [list_files(data, MODALITIES[modality], split=split) for split in (question.train, question.test)]
+    train, test = (
+        one.select([i for i, source in enumerate(one.columns["source"]) if source == question.source]) for one in both
+    )
+    return train, test
 
 
-def fine_tune(question: Question, encoder: Encoder, data: Path, out: Path, rows: Rows) -> None:
+def fine_tune(question: Question, train: Listing, test: Listing, encoder: Encoder, out: Path, rows: Rows) -> None:
     """Add to ``rows`` what fine-tuning with few labels reaches, from the encoder and from scratch."""
     if question.finetuning is None:
         return
-    train, test = (listed(question, encoder.modality, data, split) for split in (question.train, question.test))
     for start, scratch in ((PRETRAINED, False), (SCRATCH, True)):
         folder = out / f"{question.source}-from-{start}"
         tuned = finetune(
             encoder, train, test, folder, shots=question.shots, scratch=scratch, overrides=question.finetuning
         )
-        rows.setdefault((TUNED, start), {})[question.column] = tuned.scores["top1"]
+        rows.setdefault(("fine-tuned", start), {})[question.column] = tuned.scores["top1"]
 
 
-def frozen(question: Question, starts: Mapping[str, Extractor], data: Path, rows: Rows) -> None:
-    """Add to ``rows`` what the features of every starting point reach with the labels that fine-tuning had."""
-    modality = starts[PRETRAINED].modality  # type: ignore[attr-defined]
-    train, test = (listed(question, modality, data, split) for split in (question.train, question.test))
+def frozen(question: Question, train: Listing, test: Listing, starts: Mapping[str, Extractor], rows: Rows) -> None:
+    """Add to ``rows`` what the features of every starting point reach with the labels that fine-tuning has."""
     _, targets, _ = class_targets(train, test)
     train = train.select(subset(targets, None, question.shots, 0) or [])
-    for method, measure in (("linear probe", probe_top1), ("nearest neighbours", knn_top1)):
+    for method, measure in (("linear probe", probe_top1), (f"{NEIGHBOURS} nearest neighbours", knn_top1)):
         for start, extractor in starts.items():
             rows.setdefault((method, start), {})[question.column] = measure(extractor, train, test)
+
+
+def probe_top1(extractor: Extractor, train: Listing, test: Listing) -> Score:
+    """Return the linear probe's accuracy."""
+    return linear_probe(extractor, train, test).scores["top1"]
+
+
+def knn_top1(extractor: Extractor, train: Listing, test: Listing) -> Score:
+    """Return the accuracy of nearest neighbours."""
+    return knn(extractor, train, test, k=(NEIGHBOURS,)).scores[NEIGHBOURS]["top1"]
+
+
+def finding(question: Question, rows: Rows) -> str:
+    """Return in a sentence what pre-training made of the first question."""
+    tuned, scratch = rows["fine-tuned", PRETRAINED][question.column], rows["fine-tuned", SCRATCH][question.column]
+    if tuned.low > scratch.high:
+        return f"With {question.few}: {tuned.value:.0%} right after pre-training, {scratch.value:.0%} from scratch"
+    if scratch.low > tuned.high:
+        return f"With {question.few}, pre-training did harm here"
+    return f"With {question.few}, pre-training made no clear difference here"
+
+
+def report(demo: Demo, result: DemoResult, tests: Mapping[str, int], learned_from: str) -> None:
+    """Write the demo's report over the run's: its finding first."""
+    measured = " and ".join(f"{count:,} test {column.partition(',')[0]}" for column, count in tests.items())
+    table = Table(
+        "What was learned without labels",
+        f"Accuracy on {measured} with a 95 % bootstrap interval. Every row is what this run measured.",
+        ["method", "starting from", *result.columns],
+        [[*names, *(scores.get(c, "") for c in result.columns)] for names, scores in result.rows.items()],
+        highlight=[i for i, (_, start) in enumerate(result.rows) if start == PRETRAINED],
+    )
+    test = list_files(result.out / "data", MODALITIES[demo.modality], split="test")
+    sections = run_sections(Run(result.out / "pretrained"), test.select(demo.shown(test)), held_out=True)
+    words = Words(
+        "How to read this",
+        f"An encoder learned from {demo.nouns} alone, by predicting hidden patches from visible ones. Then it was "
+        "given few labels: fine-tuning trains all of it, the linear probe and the nearest neighbours use its vectors "
+        f"as they are. {demo.note}",
+    )
+    subtitle = f"A masked autoencoder, pre-trained on {learned_from} without labels on this machine"
+    title = finding(demo.questions[0], result.rows)
+    write_report(result.out / "report.html", title, subtitle, [table, words, *sections])

@@ -76,14 +76,13 @@ def arranged(blocks: Sequence[Block]) -> Sequence[Block]:
 
 
 def _turned(block: Block) -> Block:
-    columns = zip_longest(*([shot and _relabelled(line, shot) for shot in line.shots] for line in block.lines))
-    return Block(block.name, [Line("", shots) for shots in columns])
-
-
-def _relabelled(line: Line, shot: Shot) -> Shot:
-    # The label of a line that is now a column goes to each of its pictures; their captions have room on one line.
-    label = f"{line.label}: " if line.label else ""
-    return replace(shot, caption=label + shot.caption.replace("\n", ", "))
+    # The first line's label stood above all; that of a line which is now a column goes to each of its pictures.
+    labels = ["", *(f"{line.label}: " if line.label else "" for line in block.lines[1:])]
+    columns = [
+        [shot and replace(shot, caption=label + shot.caption.replace("\n", ", ")) for shot in line.shots]
+        for label, line in zip(labels, block.lines, strict=True)
+    ]
+    return Block(block.name, [Line("", shots) for shots in zip_longest(*columns)])
 
 
 # Files

@@ -153,13 +153,16 @@ def _of_encoder(
     found = _files(files, encoder.config, out)
     folder = list_files(options["data"], encoder.kind) if panel == "neighbours" else None
     signals = [read_signal(encoder.config, path) for path in found.paths]
+    facts: dict[str, Any]
     if folder is not None:
         k, skip = options.get("k", 8), options.get("skip_broken", False)
-        return found, *neighbours_panel(encoder, found, signals, folder, k, skip)
-    if panel == "attention":
-        mass = options.get("mass", 0.6)
-        return found, attention_panel(encoder, found.names, signals, mass), {"mass": mass}
-    return found, *pca_panel(encoder, found.names, signals, options.get("foreground", False))
+        drawn, facts = neighbours_panel(encoder, found, signals, folder, k, skip)
+    elif panel == "attention":
+        facts = {"mass": options.get("mass", 0.6)}
+        drawn = attention_panel(encoder, found.names, signals, facts["mass"])
+    else:
+        drawn, facts = pca_panel(encoder, found.names, signals, options.get("foreground", False))
+    return found, replace(drawn, note=drawn.note + _views_note(signals, encoder.axes)), facts
 
 
 def _reconstruction(source: Path, run: Run, files: Sequence[Path | str], out: Path, options: ShowOptions) -> ShowResult:
@@ -175,7 +178,8 @@ def _reconstruction(source: Path, run: Run, files: Sequence[Path | str], out: Pa
     signals = [read_signal(recipe, path) for path in found.paths]
     rates = None if suffix == ".png" else [read_rate(recipe, path) for path in found.paths]
     made = attempts(recipe, objective, source, found.names, signals, ratios, seed, rates)
-    note = _write(out, recipe, made, _views_note(signals, objective))
+    axes = len(next(iter(objective.encoders().values())).tokenizer.size)
+    note = _write(out, recipe, made, _views_note(signals, axes))
     return ShowResult(out, "reconstruction", found.paths, note, {"ratios": list(ratios), "seed": seed})
 
 
@@ -205,8 +209,7 @@ def _write(out: Path, recipe: Recipe, made: Sequence[Attempts], more: str) -> st
     return note + more
 
 
-def _views_note(signals: Sequence[Tensor], objective: Reconstructs) -> str:
-    axes = len(next(iter(objective.encoders().values())).tokenizer.size)
+def _views_note(signals: Sequence[Tensor], axes: int) -> str:
     several = any(signal.ndim > axes + 1 for signal in signals)
     return " Of a file that is looked at several times, the middle part is shown." if several else ""
 

@@ -270,7 +270,10 @@ class Modality(Protocol):
         ...
 
     def lattice(self, values: np.ndarray[Any, Any], grid: Grid) -> np.ndarray[Any, Any]:
-        """Arrange one value (or row of values) per token, [N, ...], as ``picture`` does: [rows, columns, ...]."""
+        """Arrange one value (or row of values) per token, [N, ...], as ``picture`` does: [rows, columns, ...].
+
+        Of moving pictures there is one frame per step of time.
+        """
         ...
 
 

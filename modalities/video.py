@@ -165,13 +165,9 @@ class Video:
         eps = [1e-6 / std for std in signal.std] if target == "normalized_per_channel" else 1e-6
         return PatchTokenizer(size, tokenizer.patch_size, 3, dim, positions, target, eps, extend=(0,))
 
-    def picture(self, x: Tensor, signal: VideoSignal, grid: Grid | None = None) -> Frames:
-        """Return a normalised signal [3, t, h, w] as a film strip: uint8 [h, n * w, 3].
-
-        It has all frames, or with ``grid`` the first of each step of time, as ``lattice`` has them.
-        """
-        shown = x if grid is None else x[:, :: x.shape[1] // grid[0]]
-        return IMAGE.picture(shown.transpose(1, 2).flatten(2), still(signal))
+    def picture(self, x: Tensor, signal: VideoSignal) -> Frames:
+        """Return a normalised signal [3, t, h, w] as a film strip of all its frames: uint8 [h, t * w, 3]."""
+        return IMAGE.picture(x.transpose(1, 2).flatten(2), still(signal))
 
     def lattice(self, values: np.ndarray[Any, Any], grid: Grid) -> np.ndarray[Any, Any]:
         """Arrange values of tokens [N, ...] on a grid (t, h, w) as a film strip: [h, t * w, ...]."""

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 from torch import Tensor
 
+import modalities.video_stream  # noqa: F401 (FFmpeg: loaded before the data workers are forked, they share it)
 from mmssl.contracts import Size
 from mmssl.data.guard import BrokenFile
 from mmssl.data.isolate import isolated

@@ -51,11 +51,11 @@ def options(
 
 @app.command()
 def demo(
-    modality: Annotated[str, typer.Option(help="What to learn from.")] = "image",
+    modality: Annotated[str, typer.Option(help="What to learn from: image, video or audio.")] = "image",
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo-run"),
     as_json: Json = False,
 ) -> None:
-    """Pre-train on pictures that come with the package and measure what was learned: minutes, offline."""
+    """Pre-train on media that come with the package and measure what was learned: minutes, offline."""
     from tasks.demo import demo as run
 
     emit(run(modality, out), as_json)

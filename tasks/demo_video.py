@@ -38,8 +38,8 @@ DEMO = Demo(
     lambda encoder: {"raw pixels": RawPixels(encoder)},
     "videos",
     "Scratch, random weights and raw pixels are the same measurements without pre-training. A film's speed (as shot, "
-    "double or fourfold) is in its motion alone: the coded frames are the same. Test speeds are of clips without labels. "
-    "The scenes are clips of eight seconds, the first half to learn from, the end to be recognised. Pre-training saw "
-    "none of the clips that are tested.",
+    "double or fourfold) is in its motion alone: the coded frames are the same. Test speeds are of other clips than "
+    "the labels. The scenes are clips of eight seconds, the first half to learn from, the end to be recognised. "
+    "Pre-training saw none of the clips that are tested.",
     shown,
 )

@@ -1,4 +1,4 @@
-"""A built wheel, installed elsewhere, brings its recipes, DeepSpeed configurations, demo pictures and page."""
+"""A built wheel, installed elsewhere, brings its recipes, DeepSpeed configurations, demo data and page."""
 
 import os
 import shutil
@@ -15,15 +15,16 @@ from pathlib import Path
 assert Path(mmssl.__file__).is_relative_to(sys.argv[1]), mmssl.__file__
 from mmssl.engine.deepspeed_setup import system_config
 from tasks.build import load_recipe, recipe_names
-from tasks.demo import PICTURES, unpack
+from tasks.demo import DATA, demos, unpack
 from tasks.report import Words, write_report
 assert {"image-mae-tiny", "image-mae-s16", "image-mae-b16"} <= set(recipe_names())
 load_recipe("image-mae-tiny")
 for stage in range(4):
     assert system_config(f"zero{stage}")["zero_optimization"]["stage"] == stage
-unpack(PICTURES, Path("data"))
-assert len(list(Path("data").rglob("*.png"))) == 10412
-assert (PICTURES.parent / "LICENSES.txt").is_file() and (PICTURES.parent / "README.md").is_file()
+for name, suffix, count in (("image", "png", 10412), ("video", "mp4", 120), ("audio", "ogg", 1212)):
+    unpack(demos()[name].archive, Path("data", name))
+    assert len(list(Path("data", name).rglob(f"*.{suffix}"))) == count
+assert (DATA / "LICENSES.txt").is_file() and (DATA / "README.md").is_file()
 write_report(Path("report.html"), "a", "b", [Words("c", "d")])
 print(mmssl.__version__)
 """

@@ -395,8 +395,6 @@ def test_pictures_are_film_strips_on_which_tokens_lie_where_they_were(folder):
     strip = VIDEO.picture(x, signal)
     assert strip.shape == (16, 4 * 24, 3)
     assert np.array_equal(VIDEO.motion(x, signal), np.stack(np.split(strip, 4, axis=1)))
-    slots = VIDEO.picture(x, signal, (2, 2, 3))
-    assert np.array_equal(slots, np.concatenate([strip[:, :24], strip[:, 48:72]], axis=1))
     values = np.arange(12 * 2).reshape(12, 2)
     lattice = VIDEO.lattice(values, (2, 2, 3))
     assert lattice.shape == (2, 6, 2)

@@ -2,8 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -90,10 +90,15 @@ def train(
     Raises Stopped after a checkpoint when SIGINT or SIGTERM arrived on any rank, UnusableData when too many files are
     broken, NonFiniteLoss for a NaN or infinite loss, MmsslError when memory runs out.
     """
-    batches, meter = iter(loaded), Meter()
+    meter = Meter()
     after_step = getattr(engine.objective, "after_step", None)
     written, clock, broken = start, time.monotonic(), 0
-    with stop_signals() as stop, Progressbar(limits.steps, start, world.is_main) as bar, sentences(bar, limits, hooks):
+    with (
+        closing(each(loaded)) as batches,
+        stop_signals() as stop,
+        Progressbar(limits.steps, start, world.is_main) as bar,
+        sentences(bar, limits, hooks),
+    ):
         for step in range(start, limits.steps):
             began = time.monotonic()
             micros, fresh = read(batches, limits.accumulate, engine.device, hooks)
@@ -136,6 +141,14 @@ def train(
             if enough:
                 break
     assert written == done
+
+
+def each(loaded: Iterable[Loaded]) -> Generator[Loaded, None, None]:
+    """Yield what is loaded; closing it ends the data workers, whoever still holds on to an error's frames.
+
+    They do not heed signals, so a program that an error ends would wait for them for ever.
+    """
+    yield from loaded
 
 
 def read(

@@ -405,3 +405,15 @@ def test_file_names_of_any_bytes_are_trained_on(tmp_path, tiny_settings):
     for i, name in enumerate((b"\xff\xfe", b"a b=c", "ü\n".encode(), b"-x")):
         PIL.Image.new("RGB", (20, 20), (60 * i, 9, 9)).save(os.fsdecode(bytes(folder) + b"/" + name + b".png"))
     assert pretrain("image-mae-tiny", folder, tmp_path / "run", {**tiny_settings, "train.steps": 2}).broken == 0
+
+
+def test_a_program_that_an_error_ends_does_not_wait_for_its_data_workers(tmp_path, photos, tiny_settings):
+    (tmp_path / "mixed").mkdir()
+    for i, path in enumerate(sorted(photos.rglob("*.png"))[:12]):
+        shutil.copy(path, tmp_path / "mixed" / f"{i}.png")
+        (tmp_path / "mixed" / f"{i}-broken.png").write_bytes(b"no picture")
+    settings = {**tiny_settings, "data.workers": 1}
+    code = f"from mmssl import pretrain; pretrain('image-mae-tiny', {str(tmp_path / 'mixed')!r}, 'run', {settings!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "more than data.max_bad_fraction allows" in done.stderr

@@ -192,6 +192,7 @@ class Encoder(nn.Module):
     def batch_size(self) -> int:
         """How many signals to encode at once where nobody says so: 64 pictures of 224 pixels, fewer large ones."""
         values = self._tokenizer.channels * math.prod(self._tokenizer.size)
+        values *= math.prod(getattr(self.config.signal, "views", ()))  # clips x crops of a file go through together
         return max(1, min(256, BATCH_VALUES // values))
 
     @property

@@ -301,5 +301,7 @@ class _Moments:
         with open_video(path, self.signal.folder_fps, self.signal.decoder) as video:
             # A frame of a short video counts once.
             frames = video.read(np.unique(uniform(video.frames, MOMENT_FRAMES)).tolist())
-        values = frames.reshape(-1, 3) / 255
-        return np.stack([np.full(3, len(values)), values.sum(0), np.square(values).sum(0)], axis=1)
+        # Counted, not converted: in float64 eight large frames would take gigabytes.
+        counts = np.stack([np.bincount(frames[..., channel].ravel(), minlength=256) for channel in range(3)])
+        scale = np.arange(256) / 255
+        return np.stack([counts.sum(1), counts @ scale, counts @ scale**2], axis=1).astype(np.float64)

@@ -117,12 +117,13 @@ def check(
     modality: Annotated[str, typer.Option(help="Which media to look for.")] = "image",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Write the broken files to this JSON-lines file.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one file, decoded as a whole.")] = 600.0,
     as_json: Json = False,
 ) -> None:
     """Decode everything; report what is broken and why. Exit code 3 if anything is."""
     from tasks.data_check import check as run
 
-    result = run(path, modality, workers, ledger)
+    result = run(path, modality, workers, ledger, timeout=timeout)
     emit(result, as_json)
     if result.broken:
         raise typer.Exit(3)

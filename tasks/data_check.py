@@ -14,7 +14,7 @@ from rich.table import Table
 from mmssl.data.ledger import Ledger
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError, nearest
-from modalities.encoder import DECODE_TIMEOUT, MODALITIES
+from modalities.encoder import MODALITIES
 from tasks.parallel import each_file
 
 SHOWN = 20
@@ -80,11 +80,13 @@ def check(
     workers: int | None = None,
     ledger_out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    timeout: float = 600.0,
 ) -> CheckResult:
     """Decode every file of ``modality`` under ``path`` and return what is broken.
 
     ``workers`` processes decode, one per core if None. ``ledger_out`` is written anew, a JSON line per broken file.
-    ``progress`` is called with (files done, files in all). Raises UserError for a path that holds no such file.
+    ``progress`` is called with (files done, files in all). A file that takes longer than ``timeout`` seconds, all of
+    it decoded, counts as broken. Raises UserError for a path that holds no such file.
     """
     if modality not in MODALITIES:
         raise UserError(f"'{modality}' is not a modality{nearest(modality, MODALITIES)}")
@@ -95,7 +97,7 @@ def check(
     ledger = Ledger(ledger_out)
     broken: list[dict[str, str]] = []
     extents: Counter[tuple[float, ...]] = Counter()
-    outcomes = each_file(MODALITIES[modality].inspect, listing.paths, workers, DECODE_TIMEOUT)
+    outcomes = each_file(MODALITIES[modality].inspect, listing.paths, workers, timeout)
     for i, outcome in enumerate(outcomes):
         if outcome.value is not None:
             extents[outcome.value] += 1

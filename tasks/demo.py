@@ -218,13 +218,21 @@ def knn_top1(extractor: Extractor, train: Listing, test: Listing) -> Score:
 
 
 def finding(question: Question, rows: Rows) -> str:
-    """Return in a sentence what pre-training made of the first question."""
-    tuned, scratch = rows["fine-tuned", PRETRAINED][question.column], rows["fine-tuned", SCRATCH][question.column]
+    """Return in a sentence what pre-training was good for: a difference counts where intervals do not overlap."""
+    scores = {names: row[question.column] for names, row in rows.items() if question.column in row}
+    tuned, scratch = scores["fine-tuned", PRETRAINED], scores["fine-tuned", SCRATCH]
     if tuned.low > scratch.high:
         return f"With {question.few}: {tuned.value:.0%} right after pre-training, {scratch.value:.0%} from scratch"
-    if scratch.low > tuned.high:
-        return f"With {question.few}, pre-training did harm here"
-    return f"With {question.few}, pre-training made no clear difference here"
+    harm = scratch.low > tuned.high
+    probed = scores["linear probe", PRETRAINED]
+    others = {start: one for (method, start), one in scores.items() if method == "linear probe" and start != PRETRAINED}
+    best = max(others, key=lambda start: others[start].value)
+    if not harm and probed.low > max(one.high for one in others.values()):
+        return (
+            f"With {question.few}, a linear probe is {probed.value:.0%} right after pre-training and "
+            f"{others[best].value:.0%} on {best}; fine-tuning shows no clear difference"
+        )
+    return f"With {question.few}, pre-training {'did harm' if harm else 'made no clear difference'} here"
 
 
 def report(demo: Demo, result: DemoResult, tests: Mapping[str, int], learned_from: str) -> None:

@@ -33,8 +33,8 @@ FINETUNING = {
     "signal.fill": "pad",
     "optim.base_lr": 5e-3,
     "optim.layer_decay": 0.8,
-    "train.batch_size": 40,
-    "train.steps": 200,
+    "train.batch_size": 20,
+    "train.steps": 100,
     "data.workers": 1,
 }
 CEPSTRA = 13
@@ -84,8 +84,8 @@ DEMO = Demo(
     "audio-mae-tiny",
     PRETRAINING,
     [
-        Question("languages", "prompts", 10, finetuning=FINETUNING),
-        Question("words", "words", 4, "train-words", "test-words", finetuning=FINETUNING),
+        Question("languages", "prompts", 5, finetuning=FINETUNING),
+        Question("words", "words", 8, "train-words", "test-words", finetuning=FINETUNING),
     ],
     baselines,
     "sounds",

@@ -268,13 +268,19 @@ def _finite(vectors: Tensor, paths: Sequence[str]) -> Tensor:
 def _key(encoder: Extractor, listing: Listing) -> str:
     digest = hashlib.sha256(encoder.fingerprint().encode())
     for path in listing.paths:
-        try:
-            stat = os.stat(file_of(path))  # noqa: PTH116 - a Path per file is slow for a million files
-            facts = [path, stat.st_size, stat.st_mtime_ns]
-        except (OSError, ValueError):
-            facts = [path, None, None]
-        digest.update(json.dumps(facts).encode())
+        digest.update(json.dumps([path, *_state(file_of(path))]).encode())
     return digest.hexdigest()
+
+
+def _state(file: str) -> list[Any]:
+    # Of a folder of frames, that of every frame: one that is replaced leaves the folder's own as it was.
+    try:
+        if os.path.isdir(file):  # noqa: PTH112 - a Path per file is slow for a million files
+            return [[entry.name, *_state(entry.path)] for entry in sorted(os.scandir(file), key=lambda e: e.name)]
+        stat = os.stat(file)  # noqa: PTH116
+    except (OSError, ValueError):
+        return [None, None]
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _read(file: Path, count: int) -> Tensor | None:

@@ -159,7 +159,14 @@ def pinned(name: str, encoder: Encoder) -> tuple[dict[str, Any], tuple[str, ...]
         if width <= most:
             notes = (f"the encoder is {width} wide, so the settings are the paper's for ViT-{column}",)
             return {**published.settings, **settings}, notes
-    return dict(published.settings), ()
+    settings = dict(published.settings)
+    if name == "audiomae":
+        signal = encoder.config.signal
+        hidden = {"time": signal.frames * 192 // 1024, "frequency": signal.mels * 48 // 128}  # type: ignore[attr-defined]
+        settings["signal.spec_mask"] = hidden
+        if hidden != published.settings["signal.spec_mask"]:
+            return settings, (f"SpecAugment hides the paper's share of this encoder's spectrogram, up to {hidden}",)
+    return settings, ()
 
 
 def finetune_recipe(

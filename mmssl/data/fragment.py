@@ -6,7 +6,9 @@ So a piece is a path like any other: in listings, ledgers, tables of results and
 import math
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 _FRAGMENT = re.compile(r"#t=(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?$")
@@ -56,11 +58,25 @@ def real(path: str) -> Span:
 
 def overlapping(a: Sequence[str], b: Sequence[str]) -> list[str]:
     """Return the paths of ``b`` that share a moment, or all of a file, with one of ``a``."""
-    pieces: dict[str, list[Span]] = {}
-    for span in map(real, a):
-        pieces.setdefault(span.file, []).append(span)
-    return [path for path in b if any(_meet(one, real(path)) for one in pieces.get(real(path).file, []))]
+    pieces: dict[str, list[tuple[float, float]]] = {}
+    for file, start, end in map(real, a):
+        pieces.setdefault(file, []).append((start, math.inf if end is None else end))
+    covered = {file: _merged(sorted(spans)) for file, spans in pieces.items()}
+    return [path for path in b if _meets(covered, real(path))]
 
 
-def _meet(a: Span, b: Span) -> bool:
-    return (b.end is None or a.start < b.end) and (a.end is None or b.start < a.end)
+def _merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    merged: list[tuple[float, float]] = []
+    for start, end in spans:
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _meets(covered: dict[str, list[tuple[float, float]]], span: Span) -> bool:
+    spans = covered.get(span.file, [])
+    # The last one that begins before the piece ends.
+    before = bisect_left(spans, math.inf if span.end is None else span.end, key=itemgetter(0))
+    return before > 0 and spans[before - 1][1] > span.start

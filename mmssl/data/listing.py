@@ -134,6 +134,8 @@ def list_files(path: str | Path, kind: Media, split: str | None = None, default_
     piece = fragment.split(str(path)) if kind.timed else fragment.Span(str(path))
     if not os.path.exists(piece.file):  # noqa: PTH110 (False, not an exception, for what may not be asked about)
         raise UserError(f"{root} does not exist{sibling(root)}")
+    if piece.end is not None and piece.end <= piece.start:
+        raise UserError(f"{root} ends before it starts: a piece is #t=START,END in seconds")
     if root.is_dir():
         manifest = _manifest_in(root)
         listing = _list_folder(root, kind) if manifest is None else _list_manifest(root, manifest, kind)
@@ -240,6 +242,8 @@ def _pieces(manifest: Path, paths: list[str], columns: Columns) -> list[str]:
     for row, (path, *times) in enumerate(
         zip(paths, columns.get("start", nothing), columns.get("end", nothing), strict=True), 1
     ):
+        if any(time is not None for time in times) and fragment.split(path).file != path:
+            raise UserError(f"{manifest}: row {row} names a piece ({path}) and gives start or end too; use one of them")
         try:
             pieces.append(fragment.join(path, *(None if time is None else float(time) for time in times)))
         except ValueError:

@@ -208,6 +208,11 @@ def sentences(bar: Progressbar, limits: Limits, hooks: Hooks) -> Iterator[None]:
         more = f" and {len(error.samples) - 8} more" if len(error.samples) > 8 else ""
         raise NonFiniteLoss(f"at step {bar.step + 1} {error}; its samples: {names}{more}") from None
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("DataLoader worker"):
+            raise MmsslError(
+                "a data worker was killed, perhaps for want of memory; lower data.workers, and add --resume to go on "
+                "from the last checkpoint"
+            ) from None
         if not is_out_of_memory(error):
             raise
         micro = limits.batch_size // limits.accumulate

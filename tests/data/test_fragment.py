@@ -1,5 +1,6 @@
 """Paths of pieces: what they mean, and which of them share a moment."""
 
+import numpy as np
 import pytest
 
 from mmssl.data.fragment import Span, file_of, join, overlapping, real, split
@@ -49,3 +50,20 @@ def test_pieces_overlap_by_moments_and_by_the_file_behind_a_link(tmp_path):
     assert overlapping(train, [f"{x}#t=5,9", f"{other}#t=0,3"]) == []
     clashes = [f"{x}#t=4.9,9", link, f"{other}#t=2,3.1", other]
     assert overlapping(train, [f"{x}#t=7,8", *clashes]) == clashes
+
+
+def test_many_pieces_are_compared_in_no_time_and_as_one_by_one():
+    rng = np.random.default_rng(0)
+
+    def pieces(count):
+        starts = rng.integers(0, 4000, count) / 4
+        return [f"x{rng.integers(3)}.wav#t={start:g},{start + rng.integers(1, 5) / 4:g}" for start in starts]
+
+    a, b = pieces(60), pieces(200)
+
+    def meet(x, y):
+        return x.file == y.file and x.start < y.end and y.start < x.end
+
+    expected = [path for path in b if any(meet(split(path), split(other)) for other in a)]
+    assert overlapping(a, b) == expected
+    assert 0 < len(expected) < 200

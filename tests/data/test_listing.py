@@ -288,3 +288,12 @@ def test_a_piece_on_the_command_line(tmp_path):
     assert (names(found), len(found)) == (["a.mp4#t=1,2"], 1)
     with pytest.raises(UserError, match="does not exist"):
         list_files(f"{tmp_path}/b.mp4#t=1,2", FILMS)
+
+
+def test_a_piece_of_a_piece_and_one_that_ends_before_it_starts(tmp_path):
+    touch(tmp_path / "a.mp4")
+    (tmp_path / "m.csv").write_text("path,start\na.mp4#t=1,0\n")
+    with pytest.raises(UserError, match="row 1 names a piece"):
+        list_files(tmp_path / "m.csv", FILMS)
+    with pytest.raises(UserError, match="ends before it starts"):
+        list_files(f"{tmp_path}/a.mp4#t=2,1", FILMS)

@@ -20,7 +20,7 @@ from modalities.audio import filterbank
 from modalities.audio_read import info
 from modalities.encoder import MODALITIES, Encoder
 from tasks.build import load_recipe
-from tasks.demo import DATA, PRETRAINED, SCRATCH, demo, demos, finding, run_demo, sides, unpack
+from tasks.demo import DATA, PRETRAINED, SCRATCH, demo, demos, finding, probe_top1, run_demo, sides, unpack
 from tasks.demo_audio import CEPSTRA, Statistics
 from tasks.metrics import Score
 
@@ -115,13 +115,15 @@ def test_licences_and_names_are_beside_the_data():
 
 @pytest.fixture
 def small(data, tmp_path):
-    """Make of a demo one of few files, labels and weights."""
+    """Make of a demo one of three labels, three files of each and few weights."""
 
     def make(name):
-        whole, left, kept = DEMOS[name], defaultdict(lambda: 3), []
+        whole, left, labels, kept = DEMOS[name], defaultdict(lambda: 3), defaultdict(set), []
         for row in read_rows(data[name]):
-            key = row["source"], row["split"], row["label"]
-            if left[key] > 0:
+            some, key = labels[row["source"]], (row["source"], row["split"], row["label"])
+            if len(some) < 3:
+                some.add(row["label"])
+            if row["label"] in some and left[key] > 0:
                 left[key] -= 1
                 kept.append(row)
         manifest = io.StringIO()
@@ -145,7 +147,10 @@ def small(data, tmp_path):
 @pytest.mark.parametrize("name", DEMOS)
 def test_a_demo_runs_from_its_archive_to_its_report(name, small, tmp_path, monkeypatch):
     monkeypatch.setattr("tasks.demo.NEIGHBOURS", 5)  # of the six labels that there are
-    one, out = small(name), tmp_path / "out"
+    one, out, probed = small(name), tmp_path / "out", []
+    monkeypatch.setattr(
+        "tasks.demo.probe_top1", lambda _, train, test: probed.append(train) or probe_top1(_, train, test)
+    )
     result = run_demo(one, out)
     columns = [question.column for question in one.questions]
     starts = [PRETRAINED, "random weights", *one.baselines(Encoder(load_recipe(one.recipe, one.pretraining)))]
@@ -155,6 +160,11 @@ def test_a_demo_runs_from_its_archive_to_its_report(name, small, tmp_path, monke
         "linear probe": starts,
         "5 nearest neighbours": starts,
     }
+    for question in one.questions:
+        # Frozen features and fine-tuning have the same labels.
+        frozen = [listing for listing in probed if listing.columns["source"][0] == question.source]
+        tuned = json.loads((out / f"{question.source}-from-{SCRATCH}" / "finetune.json").read_text())
+        assert {len(listing) for listing in frozen} == {tuned["train"]} == {2 * len(set(frozen[0].labels()))}
     for scores in result.rows.values():
         assert list(scores) == columns
         assert all(0 <= score.low <= score.value <= score.high <= 1 for score in scores.values())
@@ -163,22 +173,31 @@ def test_a_demo_runs_from_its_archive_to_its_report(name, small, tmp_path, monke
     assert columns[0] in table[0]
     page = (out / "report.html").read_text()
     assert "Reconstructions" in page
-    assert page.count("<img") == 3 * min(8, len(one.shown(list_files(out / "data", MODALITIES[name], split="test"))))
+    assert page.count("<img") >= 3 * min(8, len(one.shown(list_files(out / "data", MODALITIES[name], split="test"))))
     assert all(column in page for column in columns)
 
 
 def test_the_finding_is_only_as_good_as_the_intervals():
     (question,) = DEMOS["image"].questions
 
-    def title(tuned, scratch):
-        rows = {("fine-tuned", PRETRAINED): tuned, ("fine-tuned", SCRATCH): scratch}
+    def title(tuned, scratch, probed, pixels):
+        rows = {
+            ("fine-tuned", PRETRAINED): tuned,
+            ("fine-tuned", SCRATCH): scratch,
+            ("linear probe", PRETRAINED): probed,
+            ("linear probe", "raw pixels"): pixels,
+        }
         return finding(question, {key: {question.column: score} for key, score in rows.items()})
 
     low, high, between = Score(0.5, 0.45, 0.55), Score(0.7, 0.65, 0.75), Score(0.6, 0.5, 0.7)
-    assert title(high, low) == "With 10 labels per class: 70% right after pre-training, 50% from scratch"
-    assert "no clear difference" in title(between, low)
-    assert "no clear difference" in title(low, between)
-    assert "harm" in title(low, high)
+    assert title(high, low, low, high) == "With 10 labels per class: 70% right after pre-training, 50% from scratch"
+    assert title(between, low, high, low) == (
+        "With 10 labels per class, a linear probe is 70% right after pre-training and 50% on raw pixels; "
+        "fine-tuning shows no clear difference"
+    )
+    assert title(between, low, between, low).endswith("made no clear difference here")
+    assert title(low, between, low, between).endswith("made no clear difference here")
+    assert title(low, high, high, low).endswith("did harm here")
 
 
 def test_statistics_are_means_and_deviations_over_time():

@@ -4,9 +4,11 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from media import numbered, write_frames
 from PIL import Image
 
 from mmssl.data.listing import Listing, list_files
@@ -243,3 +245,22 @@ def test_embed_refuses_an_impossible_name_before_it_computes(encoder, pictures, 
 def test_the_score_of_guessing_the_commonest_class():
     assert commonest_share([0, 1, 1, 2], [1, 1, 0, 2, 1]) == 0.6
     assert commonest_share([0, 0, 1, 1, 2], [0, 1, 1, 1]) == 0.5  # of equals, the mean of 0.25 and 0.75
+
+
+def test_a_frame_that_was_replaced_in_its_folder_is_not_found_in_the_cache(tmp_path):
+    config = typed(EncoderConfig, "video", "test")(
+        modality="video",
+        signal={"frames": 2, "size": (8, 8), "stride": 1},
+        model={"tokenizer": {"patch_size": (2, 4, 4)}, "backbone": {"dim": 12, "depth": 1, "num_heads": 2}},
+    )
+    encoder = Encoder(config).eval()
+    film = write_frames(tmp_path / "films" / "a", numbered(3, 8, 8))
+    films = list_files(tmp_path / "films", MODALITIES["video"])
+    before = extract(encoder, films, cache=tmp_path / "cache").vectors
+    assert torch.equal(extract(encoder, films, cache=tmp_path / "cache").vectors, before)
+    for path in film.iterdir():
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    assert not torch.allclose(extract(encoder, films, cache=tmp_path / "cache").vectors, before)
+    (film / "frame1.png").write_bytes(b"no picture")
+    with pytest.raises(UnusableData, match=r"frame1\.png"):
+        extract(encoder, films, cache=tmp_path / "cache")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FAINT, LOUD = -12.0, 6.0
 """Log-mel energies that are drawn black and white: 78 dB between them, whatever the recipe normalises."""
+DAY, SECOND_MS = 86400.0, 1000.0
+"""The longest training piece in seconds, and the longest window and hop in milliseconds, that are taken seriously."""
 GREY = 128
 """What hidden parts, exactly 0, look like: none of the colours of a sound."""
 
@@ -65,13 +67,13 @@ class AudioSignal(Piece):
 
     sample_rate: Annotated[int, Field(gt=0)] = 16000
     """Samples per second; files of other rates are resampled."""
-    seconds: Annotated[float, Field(gt=0)] = 10.24
+    seconds: Annotated[float, Field(gt=0, le=DAY)] = 10.24
     """Training: duration of a piece. 10.24 makes 1024 frames (Audio-MAE, arXiv:2207.06405, section 4.2)."""
     mels: Annotated[int, Field(gt=0)] = 128
     """Mel bins of the spectrogram."""
-    window_ms: Annotated[float, Field(gt=0)] = 25.0
+    window_ms: Annotated[float, Field(gt=0, le=SECOND_MS)] = 25.0
     """Milliseconds that a frame looks at."""
-    hop_ms: Annotated[float, Field(gt=0)] = 10.0
+    hop_ms: Annotated[float, Field(gt=0, le=SECOND_MS)] = 10.0
     """Milliseconds from frame to frame."""
     low_hz: Annotated[float, Field(ge=0)] = 20.0
     """Where the lowest mel bin begins."""
@@ -94,7 +96,8 @@ class AudioSignal(Piece):
     @field_validator("mean", "std", mode="before")
     @classmethod
     def _one_channel(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        # YAML takes 1e-3, without a point, for a string.
+        return (value,) if isinstance(value, int | float | str) and not isinstance(value, bool) else value
 
     @field_validator("std")
     @classmethod
@@ -118,7 +121,7 @@ class AudioSignal(Piece):
     @property
     def frames(self) -> int:
         """Frames of a training signal."""
-        return round(self.seconds * 1000 / self.hop_ms)
+        return filterbank(self).frames_in(self.seconds)
 
 
 class AudioTokenizer(Piece):
@@ -271,7 +274,7 @@ class _EvalTransform:
         if frames < self.patch:
             return F.pad(waveform, (0, log_mel.samples(self.patch) - len(waveform))).unsqueeze(0)
         longest = self.signal.longest or self.signal.seconds
-        most = max(1, round(longest * 1000 / self.signal.hop_ms) // self.patch) * self.patch
+        most = max(1, log_mel.frames_in(longest) // self.patch) * self.patch
         views = -(-frames // most)
         if views == 1:
             return waveform[: log_mel.samples(frames // self.patch * self.patch)].unsqueeze(0)

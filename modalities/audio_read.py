@@ -9,6 +9,7 @@ Ogg file, FLAC's and MP3's headers (where the end of the file is read; an MP3 fi
 Everything that is wrong with a file raises BrokenFile, or what ``guarded`` makes one of.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchaudio.transforms import Resample
 
@@ -33,8 +35,13 @@ BLOCK = 2**18
 """Values decoded at a time: many channels of a long sound are never in memory together."""
 MAX_SAMPLES = 2**29
 """Samples above which a sound is not read whole: three hours at 48 kHz, 2 GB."""
-MAX_KERNEL = 2**25
-"""Values of a resampling kernel above which a rate is refused; those in use need less than a hundredth."""
+LOUDEST = 1e10
+"""Values above which a sample is damage. Float files may hold integers as they are, up to 2e9; the squares of much
+greater ones overflow in the spectrum."""
+MAX_KERNEL = 2**22
+"""Values of a resampling kernel above which it is worked out sample by sample; usual rates need less than a tenth."""
+TAPS_AT_ONCE = 2**20
+"""Values of the kernel that are worked out at a time where it is not kept."""
 ZEROS, ROLLOFF = 6, 0.99
 """The resampling filter: zero crossings on each side, and its cut-off in terms of the Nyquist frequency."""
 
@@ -44,6 +51,8 @@ _LENGTH = re.compile(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\
 _RF64_LENGTH = re.compile(r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
 _UNKNOWN = (0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000)
 """Lengths that writers put down who do not know them (into a pipe)."""
+_SF_COUNT_MAX = 2**63 - 1
+"""What libsndfile says where a FLAC header says 0 samples, for unknown."""
 _OGG_PAGE = 65_307
 """The longest page of an Ogg file in bytes (RFC 3533, section 6)."""
 
@@ -88,11 +97,9 @@ class Source:
             block = self._file.read(min(left, max(1, BLOCK // self.channels)), dtype="float32", always_2d=True)
             if len(block) == 0:
                 raise BrokenFile(f"truncated: {self._start + stop - left} of {self._start + stop} samples")
-            mono = block[:, 0] if self.channels == 1 else block.mean(1)
-            if not np.isfinite(mono).all():
-                raise BrokenFile("samples that are no numbers (NaN or Inf)")
+            _check_values(block)
             left -= len(block)
-            yield mono
+            yield block[:, 0] if self.channels == 1 else block.mean(1)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the samples from ``start`` to ``stop``, float32 [stop - start]."""
@@ -120,6 +127,8 @@ def opened(path: str) -> Iterator[Source]:
             if file.format not in FORMATS:
                 raise BrokenFile(f"not a sound that is read here: {file.format}")
             _check_length(file.extra_info)
+            if file.frames == _SF_COUNT_MAX:  # libsndfile cannot read such a file to its end
+                raise BrokenFile("its header does not say how long it is")
             start = min(round(span.start * file.samplerate), file.frames)
             stop = file.frames if span.end is None else min(round(span.end * file.samplerate), file.frames)
             if stop <= start:
@@ -152,18 +161,25 @@ def resampled_length(samples: int, rate: int, target: int) -> int:
 
 
 def resampled(waveform: Tensor, rate: int, target: int) -> Tensor:
-    """Return a waveform [samples] at another rate; raises BrokenFile for rates that hardly have a common factor."""
-    return waveform if rate == target else _resampler(rate, target)(waveform)
+    """Return a waveform [samples] at another rate."""
+    if rate == target:
+        return waveform
+    resampler = _resampler(rate, target)
+    if resampler is not None:
+        return resampler(waveform)  # type: ignore[no-any-return]
+    return _interpolated(waveform, 0, 0, resampled_length(len(waveform), rate, target), rate, target)
 
 
 def piece(source: Source, start: int, count: int, target: int) -> Tensor:
     """Return ``count`` samples from ``start`` of the sound at the rate ``target``; no more is read than they need."""
     if source.rate == target:
         return source.read(start, start + count)
+    orig, new, width = _steps(source.rate, target)
+    if _resampler(source.rate, target) is None:
+        first = max(0, start * orig // new - width)
+        stop = min(source.samples, (start + count - 1) * orig // new + width + 2)
+        return _interpolated(source.read(first, stop), first, start, count, source.rate, target)
     # The filter goes in steps: ``orig`` samples in, ``new`` samples out, from ``width`` before to ``width`` after.
-    common = gcd(source.rate, target)
-    orig, new = source.rate // common, target // common
-    width = ceil(ZEROS * orig / (min(orig, new) * ROLLOFF))
     first = max(0, start // new - ceil(width / orig))
     stop = min(source.samples, ((start + count - 1) // new + 1) * orig + width)
     some = resampled(source.read(first * orig, stop), source.rate, target)
@@ -172,11 +188,37 @@ def piece(source: Source, start: int, count: int, target: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _resampler(rate: int, target: int) -> Any:
+    """Return torchaudio's resampler, or None where its kernel, [new, orig + 2 width], would be huge."""
+    orig, new, width = _steps(rate, target)
+    if new * (orig + 2 * width) > MAX_KERNEL:
+        return None
+    return Resample(rate, target, lowpass_filter_width=ZEROS, rolloff=ROLLOFF)
+
+
+def _steps(rate: int, target: int) -> tuple[int, int, int]:
+    """Return how many samples become how many, in lowest terms, and to how many on each side the filter reaches."""
     common = gcd(rate, target)
     orig, new = rate // common, target // common
-    if new * (orig + 2 * ZEROS * max(1, orig // new)) > MAX_KERNEL:
-        raise BrokenFile(f"a rate of {rate} Hz, which cannot be resampled to {target} Hz")
-    return Resample(rate, target, lowpass_filter_width=ZEROS, rolloff=ROLLOFF)
+    return orig, new, ceil(ZEROS * orig / (min(orig, new) * ROLLOFF))
+
+
+def _interpolated(waveform: Tensor, first: int, start: int, count: int, rate: int, target: int) -> Tensor:
+    """Return ``count`` samples from ``start`` at the rate ``target``; ``waveform`` begins at sample ``first`` of a sound.
+
+    The filter is that of torchaudio's ``Resample``, worked out for every sample: for rates that hardly have a common
+    factor, where next to no sample lies between two others as any sample before it did.
+    """
+    orig, new, width = _steps(rate, target)
+    around = F.pad(waveform, (width, width + 1)).unfold(0, 2 * width + 2, 1)
+    taps = torch.arange(-width, width + 2, dtype=torch.float64)
+    scale = min(orig, new) * ROLLOFF / orig
+    out = []
+    for places in (torch.arange(start, start + count) * orig).split(max(1, TAPS_AT_ONCE // len(taps))):
+        offset = (taps - (places % new / new).unsqueeze(1)) * scale
+        window = torch.cos(offset.clamp(-ZEROS, ZEROS) * (math.pi / 2 / ZEROS)).square()
+        kernel = (torch.sinc(offset) * window * scale).float()
+        out.append((around[places // new - first] * kernel).sum(1))
+    return torch.cat(out)
 
 
 @contextmanager
@@ -190,6 +232,15 @@ def _muted() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nothing)
+
+
+def _check_values(block: Samples) -> None:
+    # The least and the greatest are NaN where anything is. Channels are looked at before they are averaged.
+    loudest = max(float(block.max()), -float(block.min()))
+    if not math.isfinite(loudest):
+        raise BrokenFile("samples that are no numbers (NaN or Inf)")
+    if loudest > LOUDEST:
+        raise BrokenFile(f"samples far beyond full scale ({loudest:.0e})")
 
 
 def _check_ogg(raw: BinaryIO) -> None:

@@ -49,7 +49,7 @@ class LogMel(nn.Module):
         Raises ValueError where a window is shorter than 2 samples, a hop than 1, or the band is empty or too wide.
         """
         super().__init__()
-        self.sample_rate, self.mels = sample_rate, mels
+        self.sample_rate, self.mels, self.hop_ms = sample_rate, mels, hop_ms
         # Kaldi's order of products: what is an exact multiple in milliseconds is not always one in binary.
         self.window, self.hop = int(sample_rate * window_ms * 0.001), int(sample_rate * hop_ms * 0.001)
         if self.window < 2 or self.hop < 1:
@@ -70,6 +70,17 @@ class LogMel(nn.Module):
     def frames(self, samples: int) -> int:
         """Return how many frames lie wholly inside so many samples."""
         return 0 if samples < self.window else 1 + (samples - self.window) // self.hop
+
+    def frames_in(self, seconds: float) -> int:
+        """Return how many frames ``seconds`` stand for in settings: by the hop as it was asked for, in milliseconds.
+
+        ``hop`` is that of whole samples, so at 11025 Hz the 1024 frames of 10.24 s are 0.2 % shorter than that.
+        """
+        return round(seconds * 1000 / self.hop_ms)
+
+    def seconds_of(self, frames: int) -> float:
+        """Return the seconds that stand for so many frames in settings: of them ``frames_in`` makes the same number."""
+        return frames * self.hop_ms / 1000
 
     def samples(self, frames: int) -> int:
         """Return how many samples exactly so many frames cover."""

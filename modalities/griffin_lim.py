@@ -7,7 +7,7 @@ WASPAA 2013), on the very frames and window that the filterbank has, and pre-emp
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchaudio.functional import deemphasis
+from torchaudio.functional import lfilter
 
 from modalities.fbank import FLOOR, PREEMPHASIS, LogMel
 
@@ -37,7 +37,14 @@ def invert(log_mel: Tensor, log_mel_module: LogMel, iterations: int = 32, seed: 
         consistent = _analyse(_synthesise(spectrum, log_mel_module), log_mel_module)
         guess = consistent + MOMENTUM * (consistent - before)
         spectrum, before = magnitude * torch.sgn(guess), consistent
-    return deemphasis(_synthesise(spectrum, log_mel_module), PREEMPHASIS)  # type: ignore[no-any-return]
+    return _deemphasised(_synthesise(spectrum, log_mel_module))
+
+
+def _deemphasised(waveform: Tensor) -> Tensor:
+    # torchaudio's own deemphasis() cuts at full scale.
+    one = waveform.new_ones(1)
+    recursion, direct = torch.cat((one, -PREEMPHASIS * one)), torch.cat((one, 0 * one))
+    return lfilter(waveform, recursion, direct, clamp=False)  # type: ignore[no-any-return]
 
 
 def _power(mel: Tensor, filters: Tensor) -> Tensor:

@@ -83,9 +83,9 @@ def _check_frames(frames: int, patch: int, log_mel: LogMel) -> None:
         return
     below = frames // patch * patch
     nearest = [n for n in (below, below + patch) if n > 0]
-    seconds = " or ".join(f"{n * log_mel.hop / log_mel.sample_rate:g}" for n in nearest)
+    seconds = " or ".join(f"{log_mel.seconds_of(n):.10g}" for n in nearest)
     samples = " or ".join(str(log_mel.samples(n)) for n in nearest)
     raise ValueError(
-        f"a sound of {frames} frames (signal.seconds {frames * log_mel.hop / log_mel.sample_rate:g}) does not divide "
+        f"a sound of {frames} frames (signal.seconds {log_mel.seconds_of(frames):.10g}) does not divide "
         f"into patches of {patch} frames; take signal.seconds {seconds} ({samples} samples)"
     )

@@ -4,11 +4,12 @@ A frame's index is its place in the order of display, and only what the wanted f
 that is wrong with a file raises BrokenFile, or what ``guarded`` makes one of. Containers are ``video_stream``'s.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, BinaryIO, Literal, Protocol, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -117,7 +118,7 @@ class _Folder:
 
     @property
     def size(self) -> FrameSize:
-        with image_read.opened(str(self._paths[0])) as image:
+        with _naming(self._paths[0]), image_read.opened(str(self._paths[0])) as image:
             width, height = image_read.upright_size(image)
         return height, width
 
@@ -128,12 +129,8 @@ class _Folder:
         return np.stack([found[index] for index in wanted])
 
     def _frame(self, path: Path, own: FrameSize, size: FrameSize | None) -> Frames:
-        try:
+        with _naming(path):
             picture = image_read.decode(str(path))
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
-            raise BrokenFile(f"frame {path.name} cannot be decoded: {error}") from error
-        except BrokenFile as error:
-            raise BrokenFile(f"frame {path.name}: {error.reason}") from None
         if picture.size != own[::-1]:
             shapes = f"{picture.height} x {picture.width} in {path.name}, {own[0]} x {own[1]} in {self._paths[0].name}"
             raise BrokenFile(f"its frames differ in size: {shapes}")
@@ -144,8 +141,10 @@ class _Animation:
     """GIF and WebP: each frame laid over those before it and over white."""
 
     def __init__(self, image: PIL.Image.Image, file: Path, span: Span) -> None:
-        if image.format == "GIF" and not file.read_bytes().rstrip(b"\0").endswith(b";"):
-            raise BrokenFile("truncated: its trailer is missing")
+        if image.format == "GIF":
+            with file.open("rb") as stream:
+                if not _has_trailer(stream):
+                    raise BrokenFile("truncated: its trailer is missing")
         self._image, seconds = image, []
         for index in range(getattr(image, "n_frames", 1)):
             image.seek(index)
@@ -169,6 +168,42 @@ class _Animation:
         self._image.seek(self._first + index)
         self._image.load()
         return _scaled(image_read.to_rgb(self._image), size)
+
+
+@contextmanager
+def _naming(picture: Path) -> Iterator[None]:
+    """Name the frame of a folder that turns out to be broken."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
+        raise BrokenFile(f"frame {picture.name} cannot be decoded: {error}") from error
+    except BrokenFile as error:
+        raise BrokenFile(f"frame {picture.name}: {error.reason}") from None
+
+
+def _has_trailer(gif: BinaryIO) -> bool:
+    """Return whether a GIF's blocks lead to its trailer, behind which other bytes may follow (GIF89a, appendix A)."""
+    _skip_colours(gif, gif.read(13)[10])
+    while block := gif.read(1):
+        if block == b";":
+            return True
+        if block == b"!":
+            gif.seek(1, os.SEEK_CUR)
+            _skip_parts(gif)
+        elif block == b",":
+            _skip_colours(gif, int.from_bytes(gif.read(9)[8:]))
+            gif.seek(1, os.SEEK_CUR)
+            _skip_parts(gif)
+    return False
+
+
+def _skip_colours(gif: BinaryIO, flags: int) -> None:
+    gif.seek(3 * (2 << (flags & 7)) if flags & 128 else 0, os.SEEK_CUR)
+
+
+def _skip_parts(gif: BinaryIO) -> None:
+    while length := int.from_bytes(gif.read(1)):
+        gif.seek(length, os.SEEK_CUR)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

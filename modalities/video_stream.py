@@ -35,6 +35,11 @@ AVI = "avi"
 """It tells its count of frames in front, but no frame's time of display, and FFmpeg's guess is wrong for B-frames."""
 EBML, SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"
 """The tags of a Matroska file's header and of all the rest of it (RFC 9559, section 5.1)."""
+ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+"""The names of a Windows Media file's header and of the object in it that holds the file's size (ASF, section 3.2)."""
+ASF_HEADER = 65536
+"""Bytes in front of a Windows Media file among which that object is looked for."""
 BRIEF = 0.1
 """Seconds that may be missing at the end beside two frames: a last one may have no duration, and times are rounded."""
 
@@ -64,6 +69,12 @@ class File(NamedTuple):
     track: VideoStream
 
 
+def other_size(first: FrameSize, at: int, other: FrameSize, place: int) -> BrokenFile:
+    """Return what to raise where the frame at ``place`` is not of the size of the one at ``at``."""
+    shapes = f"{other[0]} x {other[1]} in frame {place}, {first[0]} x {first[1]} in frame {at}"
+    return BrokenFile(f"its frames differ in size: {shapes}")
+
+
 class _Trouble(Exception):
     """A wanted frame did not come out, or came out damaged."""
 
@@ -90,6 +101,7 @@ class PyAV:
         self._file, self._packets, self._part = file, packets, part
         self._scaler = VideoReformatter()
         self._size: FrameSize | None = None
+        self._first: tuple[FrameSize, int] | None = None
         self.frames, self.fps = part.stop - part.start, fps
 
     @property
@@ -140,11 +152,18 @@ class PyAV:
             if frame.is_corrupt:
                 break
             if number in wanted:
+                self._refuse_other_size(frame, self._packets.numbers.index(number))
                 found[number] = self._pixels(frame, size)
                 if len(found) == len(wanted):
                     return found
         missing = self._packets.numbers.index(min(wanted - found.keys()))
         raise _Trouble(f"frame {missing} of {len(self._packets.numbers)} cannot be decoded")
+
+    def _refuse_other_size(self, frame: VideoFrame, index: int) -> None:
+        shape = frame.height, frame.width
+        self._first = self._first or (shape, index)
+        if shape != self._first[0]:
+            raise other_size(*self._first, shape, index)
 
     def _pixels(self, frame: VideoFrame, size: FrameSize | None) -> Frames:
         turns = round(frame.rotation / 90)
@@ -279,7 +298,7 @@ def _refuse_truncated(file: File, packets: Packets) -> None:
 
 
 def _announced_bytes(path: str) -> int:
-    """Return the size that an AVI or Matroska file gives itself; 0 where it gives none, as others and live streams."""
+    """Return the size that an AVI, Matroska or Windows Media file gives itself; 0 where it gives none, as live streams."""
     with Path(path).open("rb") as stream:
         size, tag = 0, stream.read(4)
         while tag == b"RIFF":  # large files are several
@@ -290,7 +309,18 @@ def _announced_bytes(path: str) -> int:
             stream.seek(_ebml_length(stream) or 0, os.SEEK_CUR)
             length = _ebml_length(stream) if stream.read(4) == SEGMENT else None
             size = 0 if length is None else stream.tell() + length
+        elif tag == ASF[:4]:
+            stream.seek(0)
+            size = _asf_bytes(stream.read(ASF_HEADER))
     return size
+
+
+def _asf_bytes(header: bytes) -> int:
+    at = header.find(ASF_PROPERTIES)
+    properties = header[at + 40 : at + 92]
+    # The last bit of the flags says that the file was written as it went, and its size is not known.
+    known = header.startswith(ASF) and at > 0 and len(properties) == 52 and not properties[48] & 1
+    return int.from_bytes(properties[:8], "little") if known else 0
 
 
 def _ebml_length(stream: BinaryIO) -> int | None:

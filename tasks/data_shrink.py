@@ -34,7 +34,7 @@ SETTINGS = "shrink.json"
 LEDGER = "ledger.jsonl"
 SHOWN = 20
 """Broken files that the table names; the ledger and --json name them all."""
-VERSION = 1
+VERSION = 2
 """Of how files are encoded: copies of another one are not gone on with."""
 LEAST = 16
 """Pixels of the shortest side that is allowed: one macroblock of H.264."""
@@ -121,10 +121,11 @@ def shrink(
     """Re-encode every video under ``path`` into the folder ``out``, where each has the same relative name in ``.mp4``.
 
     A manifest is written anew with the new paths and is else unchanged. The shorter side becomes ``short_side`` pixels,
-    even, and never more than it was. Files that are there from an earlier run are left alone, broken ones are listed
-    in ``out``/ledger.jsonl. ``workers`` files are done at a time, one per core if None; one run per ``out``.
-    ``progress`` is called with (files done, files in all). Raises UserError for a path that holds no video and for a
-    folder ``out`` that is the source, lies in it or holds something else, and OSError for a full disk.
+    even, and never more than it was. Files that are there from an earlier run are left alone unless their source was
+    written since, broken ones are listed in ``out``/ledger.jsonl. ``workers`` files are done at a time, one per core if
+    None; one run per ``out``. ``progress`` is called with (files done, files in all). Raises UserError for a path that
+    holds no video and for a folder ``out`` that is the source, lies in it or holds something else, copies of another
+    folder's videos too, and OSError for a full disk.
     """
     if short_side < LEAST or short_side % 2:
         raise UserError(f"short side {short_side}: give an even number of pixels, at least {LEAST}")
@@ -139,6 +140,7 @@ def shrink(
         # Before the files: a copy that was never finished then misses some, and does not pass for the whole.
         targets = {job.source: job.target.relative_to(destination).as_posix() for job in jobs}
         _copy_manifest(manifest, destination / manifest.name, [targets[_file(path)] for path in listing.paths])
+    _discard_outdated(jobs)
     todo = [job for job in jobs if not job.target.exists()]
     done, reasons, ledger = Counter[How](), {}, Ledger(destination / LEDGER)
     for job, outcome in _outcomes(todo, short_side, workers or _cores()):
@@ -196,21 +198,45 @@ def _prepare(source: Path, base: str, destination: Path, short_side: int) -> Non
     real = destination.resolve()
     if real == Path(base).resolve() or (source.is_dir() and real.is_relative_to(source.resolve())):
         raise UserError(f"{destination} is, or lies in, the folder that is read; give another one for the copies")
-    settings = {"short_side": short_side, "version": VERSION}
+    # Names are relative to the base, so those of another one may mean other videos.
+    settings = {"short_side": short_side, "version": VERSION, "source": str(Path(base).resolve())}
     if destination.exists() and any(destination.iterdir()):
         if not (destination / SETTINGS).is_file():
             raise UserError(f"{destination} holds other things; give a folder that is new or empty")
         before = json.loads((destination / SETTINGS).read_text(encoding="utf-8"))
-        if before != settings:
+        if before | {"source": settings["source"]} != settings:
             raise UserError(
                 f"{destination} was begun with other settings (a short side of {before.get('short_side')} pixels); "
                 "give another folder"
+            )
+        if before.get("source") != settings["source"]:
+            raise UserError(
+                f"{destination} holds copies of the videos in {before.get('source')}; give another folder for those in "
+                f"{settings['source']}"
             )
         _sweep(destination)
         # Broken files have no copy, so this run meets them all again.
         (destination / LEDGER).unlink(missing_ok=True)
     destination.mkdir(parents=True, exist_ok=True)
     write_json(destination / SETTINGS, settings)
+
+
+def _discard_outdated(jobs: Sequence[_Job]) -> None:
+    # Before anything is done: where the new source turns out to be broken, the old one's copy must not pass for it.
+    # A source that is gone leaves its copy alone.
+    for job in jobs:
+        if job.target.exists() and _written(Path(job.source)) > _written(job.target):
+            shutil.rmtree(job.target) if job.target.is_dir() else job.target.unlink()
+
+
+def _written(path: Path) -> int:
+    # When a file, or the last of a folder's, was written, in nanoseconds.
+    return max((part.stat().st_mtime_ns for part in _parts(path)), default=0)
+
+
+def _parts(path: Path) -> list[Path]:
+    # The file itself, or a folder of frames and what is in it; nothing where there is none.
+    return [path, *path.iterdir()] if path.is_dir() else [path] if path.exists() else []
 
 
 def _sweep(destination: Path) -> None:
@@ -306,7 +332,7 @@ _WRITERS = {".csv": _copy_csv, ".jsonl": _copy_jsonl, ".parquet": _copy_parquet}
 
 
 def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+    return sum(part.stat().st_size for part in _parts(path) if part.is_file())
 
 
 def _cores() -> int:

@@ -91,10 +91,17 @@ def stats(
             progress(i + 1, len(listing))
     if not total.ndim:
         raise UnusableData(f"{listing.root}: none of the {len(listing)} files can be read")
-    count, sums, squares = total.T
-    mean = sums / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    mean, std = _mean_and_std(total)
+    if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+        raise UnusableData(f"{listing.root}: what the files hold has no finite mean and deviation")
     return StatsResult(str(path), modality, len(listing) - len(skipped), mean.tolist(), std.tolist(), skipped)
+
+
+def _mean_and_std(total: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    count, sums, squares = total.T
+    with np.errstate(all="ignore"):  # what is no number is reported in a sentence
+        mean = sums / count
+        return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 
 
 def _moments(measure: Callable[[str, Any], Any], signal: Any, path: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import av
 import numpy as np
-from av.container import InputContainer
+from av.container import InputContainer, OutputContainer
 from av.filter import Graph
 from av.stream import Disposition
 from av.video.format import VideoFormat
@@ -31,7 +31,7 @@ from mmssl.data.guard import BrokenFile, guarded
 from mmssl.files import replacing_file, replacing_folder
 from modalities.image_read import decode, opened, pixels
 from modalities.video_read import ANIMATIONS, FOLDER_FPS, UNSET_DURATION, open_video
-from modalities.video_stream import AVI
+from modalities.video_stream import AVI, other_size
 
 GOP = 24
 X264 = {"crf": "20", "preset": "veryfast", "tune": "fastdecode", "g": str(GOP)}
@@ -40,6 +40,8 @@ JPEG_QUALITY = 90
 STALLED = 60
 """Seconds after which a decoder that returns nothing is taken to hang."""
 MILLISECOND = Fraction(1, 1000)
+SILENCE = 8000
+"""Samples per second of the silence that holds the place of what was before the first frame."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 How: TypeAlias = Literal["encoded", "copied"]
@@ -61,6 +63,8 @@ class _Film(NamedTuple):
     """Frames per second, on average."""
     pixel: Fraction = Fraction(1)
     """A pixel's width over its height."""
+    delay: int = 0
+    """Units of time from the file's beginning to the first frame, where the sound begins earlier."""
 
 
 def reencode(path: str, target: Path, short_side: int, threads: int, frame_suffixes: frozenset[str]) -> How | DiskFull:
@@ -102,7 +106,9 @@ def _shrink_video(path: str, out: Path, short_side: int, threads: int) -> How:
             return "copied"
         rate = track.average_rate or fps.limit_denominator(1001)
         tick = 1 / rate if source.format.name == AVI else track.time_base or MILLISECOND
-        film = _Film(chain([first], frames), tick, rate, track.sample_aspect_ratio or Fraction(1))
+        begin = Fraction(source.start_time or 0, av.time_base)
+        delay = 0 if first.pts is None else max(0, round(first.pts - begin / tick))
+        film = _Film(chain([first], frames), tick, rate, track.sample_aspect_ratio or Fraction(1), delay)
         _encode(film, out, short_side, threads)
         return "encoded"
 
@@ -121,13 +127,16 @@ def _is_cheap(track: VideoStream, first: av.VideoFrame, short_side: int) -> bool
 
 
 def _frames(source: InputContainer, track: VideoStream, count: int) -> Iterator[av.VideoFrame]:
-    decoded = 0
+    decoded, size = 0, None
     try:
         for packet in source.demux(track):
             _expect_within(STALLED)
             for frame in packet.decode():
                 if frame.is_corrupt:
                     raise BrokenFile(f"damaged: frame {decoded} cannot be decoded")
+                size = size or (frame.height, frame.width)
+                if size != (frame.height, frame.width):
+                    raise other_size(size, 0, (frame.height, frame.width), decoded)
                 if source.format.name == AVI:
                     frame.pts = None  # a guess, and a wrong one where frames are stored out of order
                 decoded += 1
@@ -165,7 +174,7 @@ def _encode(film: _Film, out: Path, short_side: int, threads: int) -> None:
     lying = (height, width) if first.rotation % 180 else (width, height)
     scaler, turning = VideoReformatter(), _turning(first.rotation, *lying, film.tick)
     step = max(1, round(1 / (film.rate * film.tick)))
-    last = -step
+    last = film.delay - step
     with av.open(str(out), "w", format="mp4") as container:
         video = container.add_stream("libx264", rate=film.rate, options=X264)
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
@@ -176,9 +185,11 @@ def _encode(film: _Film, out: Path, short_side: int, threads: int) -> None:
             first.color_primaries,
             first.color_trc,
         )
+        if film.delay:
+            _add_silence(container)
         for frame in chain([first], film.frames):
             # Frames of old containers have no time, those of broken ones go back in it.
-            since = last + step if frame.pts is None else frame.pts - (first.pts or 0)
+            since = last + step if frame.pts is None else frame.pts - (first.pts or 0) + film.delay
             last = max(last + 1, since)
             small = scaler.reformat(
                 frame, *lying, "yuv420p", dst_color_range=ColorRange.MPEG, interpolation=Interpolation.BICUBIC
@@ -189,6 +200,15 @@ def _encode(film: _Film, out: Path, short_side: int, threads: int) -> None:
             small.pts, small.time_base, small.pict_type = last, film.tick, PictureType.NONE
             container.mux(video.encode(small))
         container.mux(video.encode())
+
+
+def _add_silence(container: OutputContainer) -> None:
+    # Files begin, for readers, where their first track does, so only another track can say that frames come later.
+    track = container.add_stream("alac", rate=SILENCE, layout="mono")
+    moment = av.AudioFrame.from_ndarray(np.zeros((1, SILENCE // 100), np.int16), format="s16p", layout="mono")
+    moment.sample_rate, moment.pts = SILENCE, 0
+    container.mux(track.encode(moment))
+    container.mux(track.encode())
 
 
 def _size(frame: av.VideoFrame, pixel: Fraction, short_side: int) -> tuple[int, int]:

@@ -273,3 +273,17 @@ def test_two_ranks_equal_one_process(encoder, photos, halves, tmp_path):
     other = tensors(tmp_path / "two" / "encoder")
     for name, tensor in tensors(tmp_path / "one" / "encoder").items():
         torch.testing.assert_close(other[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_the_audiomae_protocol_hides_the_papers_share_of_a_spectrogram():
+    config = typed(EncoderConfig, "audio", "test")
+    for seconds, mels, expected in ((10.24, 128, (192, 48)), (1.92, 64, (36, 24))):
+        with torch.device("meta"):
+            model = {"backbone": {"dim": 16, "depth": 2, "num_heads": 2}}
+            encoder = Encoder(config(modality="audio", signal={"seconds": seconds, "mels": mels}, model=model))
+        recipe, protocol = module.finetune_recipe(encoder, ["a", "b"], {}, 500, "audiomae")
+        assert (recipe.signal.spec_mask.time, recipe.signal.spec_mask.frequency) == expected
+        assert recipe.objective.mix.mixup == 10
+        assert bool(protocol.notes) == (seconds < 10)
+    with pytest.raises(UserError, match="protocol mae is for modality image, and this encoder is of modality audio"):
+        module.finetune_recipe(encoder, ["a", "b"], {}, 500, "mae")

@@ -417,3 +417,16 @@ def test_a_program_that_an_error_ends_does_not_wait_for_its_data_workers(tmp_pat
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert "more than data.max_bad_fraction allows" in done.stderr
+
+
+class Fatal:
+    """Views in whose worker the system kills the process, as it does where memory runs out."""
+
+    def __call__(self, path, rngs, size):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_data_worker_is_a_sentence(tmp_path, photos, tiny_settings, monkeypatch):
+    monkeypatch.setattr("modalities.image.Image.views", lambda self, signal: Fatal())
+    with pytest.raises(MmsslError, match=r"a data worker was killed.*lower data\.workers"):
+        pretrain("image-mae-tiny", photos, tmp_path / "run", {**tiny_settings, "data.workers": 1})

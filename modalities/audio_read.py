@@ -203,10 +203,10 @@ def _steps(rate: int, target: int) -> tuple[int, int, int]:
 
 
 def _interpolated(waveform: Tensor, first: int, start: int, count: int, rate: int, target: int) -> Tensor:
-    """Return ``count`` samples from ``start`` at the rate ``target``; ``waveform`` begins at sample ``first`` of a sound.
+    """Return ``count`` samples from ``start`` at the rate ``target`` of a sound, of which ``waveform`` is a part.
 
-    The filter is that of torchaudio's ``Resample``, worked out for every sample: for rates that hardly have a common
-    factor, where next to no sample lies between two others as any sample before it did.
+    The part begins at the sound's sample ``first``. The filter is that of torchaudio's ``Resample``, worked out for
+    every sample: where rates hardly have a common factor, each lies otherwise between those of the file.
     """
     orig, new, width = _steps(rate, target)
     around = F.pad(waveform, (width, width + 1)).unfold(0, 2 * width + 2, 1)

@@ -298,7 +298,7 @@ def _refuse_truncated(file: File, packets: Packets) -> None:
 
 
 def _announced_bytes(path: str) -> int:
-    """Return the size that an AVI, Matroska or Windows Media file gives itself; 0 where it gives none, as live streams."""
+    """Return the size that an AVI, Matroska or ASF file gives itself; 0 where it gives none, as live streams."""
     with Path(path).open("rb") as stream:
         size, tag = 0, stream.read(4)
         while tag == b"RIFF":  # large files are several

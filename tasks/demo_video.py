@@ -1,4 +1,4 @@
-"""The demo on video: clips of a film at three speeds, and which clip a piece is from."""
+"""The demo on video: which clip of a film a piece is from, and how fast it is played."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +15,10 @@ PRETRAINING = {
     # Read once, a film gives eight clips: reading is what takes longest here.
     "data.repeats": 8,
     "model.backbone": {"dim": 128, "depth": 4, "num_heads": 2},
-    "train.steps": 500,
+    # In minutes, 9 of 10 hidden and tubes normalised one by one taught it nothing: the loss stayed at 0.97.
+    "model.tokenizer.target": "raw",
+    "objective.mask_ratio": 0.75,
+    "train.steps": 400,
     "data.workers": 1,
 }
 FINETUNING = {
@@ -60,14 +63,14 @@ DEMO = Demo(
     "video-mae-tiny",
     PRETRAINING,
     [
-        Question("speeds", "speeds", 40, "train-speeds", "test-speeds", finetuning=FINETUNING),
         Question("scenes", "scenes", 6, "train-scenes", "test-scenes", finetuning=FINETUNING),
+        Question("speeds", "speeds", 40, "train-speeds", "test-speeds", finetuning=FINETUNING),
     ],
     baselines,
     "videos",
-    "Scratch, random weights and raw pixels are the same measurements without pre-training. A film's speed (as shot, "
-    "double or fourfold) is in its motion alone: the coded frames are the same. Test speeds are of other clips than "
-    "the labels. The scenes are clips of eight seconds, the first half to learn from, the end to be recognised. "
+    "Scratch, random weights and raw pixels are the same measurements without pre-training. The scenes are clips of "
+    "eight seconds, the first half to learn from, the end to be recognised. A film's speed (as shot, double or "
+    "fourfold) is in its motion alone: the coded frames are the same; test speeds are of other clips than the labels. "
     "Pre-training saw none of the clips that are tested.",
     shown,
 )

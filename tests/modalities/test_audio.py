@@ -104,6 +104,17 @@ def test_a_length_that_the_writer_did_not_know_is_no_fault(tmp_path):
     assert AUDIO.inspect(str(tmp_path / "piped.wav")) == (0.5, 8000, 1)
 
 
+def test_a_flac_file_of_unknown_length_is_refused_everywhere(tmp_path):
+    data = bytearray(write_sound(tmp_path / "x.flac", noise(0.5, 8000), 8000).read_bytes())
+    # The last 36 bits of the first 18 bytes of STREAMINFO (RFC 9639, section 8.2), up to the checksum: samples in all.
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    path = tmp_path / "piped.flac"
+    path.write_bytes(data)
+    for read in (AUDIO.decode, AUDIO.inspect, views):
+        assert reason(path, read) == "its header does not say how long it is"
+
+
 @pytest.mark.parametrize("suffix", ["wav", "mp3", "ogg", "flac"])
 def test_what_is_no_sound(tmp_path, suffix, capfd):
     path = tmp_path / f"x.{suffix}"
@@ -138,10 +149,21 @@ def test_a_sound_without_samples(tmp_path):
     assert reason(write_sound(tmp_path / "x.wav", np.zeros(0, np.float32))) == "no samples in it"
 
 
-def test_absurd_lengths_and_rates(tmp_path, monkeypatch):
-    path = write_sound(tmp_path / "x.wav", ramp(1000), 7919)
-    with pytest.raises(BrokenFile, match="a rate of 7919 Hz, which cannot be resampled to 16000 Hz"):
-        AUDIO.eval_transform(AudioSignal(), PATCH)(AUDIO.decode(str(path)))
+def test_absurdly_loud_samples(tmp_path):
+    samples = noise(0.5, 8000, 2)
+    samples[3000] = (1e30, -1e30)  # whose average is nothing
+    path = write_sound(tmp_path / "x.wav", samples, 8000, "FLOAT")
+    for read in (AUDIO.decode, AUDIO.inspect, views, lambda path: AUDIO.moments(path, AudioSignal(**SMALL))):
+        assert reason(path, read) == "samples far beyond full scale (1e+30)"
+
+
+def test_floats_that_hold_integers_are_no_fault(tmp_path):
+    path = write_sound(tmp_path / "x.wav", noise(0.5, 8000) * 2**31, 8000, "FLOAT")
+    assert np.isfinite(AUDIO.moments(str(path), AudioSignal(**SMALL))).all()
+
+
+def test_absurd_lengths(tmp_path, monkeypatch):
+    path = write_sound(tmp_path / "x.wav", ramp(1000), 8000)
     monkeypatch.setattr(audio_read, "MAX_SAMPLES", 999)
     assert reason(path, audio_read.read).startswith("absurdly long")
 
@@ -182,6 +204,32 @@ def test_a_piece_of_the_resampled_sound_needs_no_more_than_its_surroundings(tmp_
             got = piece(source, start, count, 16000)
             torch.testing.assert_close(got, whole[start : start + count], rtol=0, atol=1e-5)
             assert spans[-1] <= count * rate / 16000 + 3 * rate / math.gcd(rate, 16000) + 40 * max(1, rate / 16000)
+
+
+@pytest.mark.parametrize("rate", [1, 7919, 15999, 44101, 767999])
+def test_rates_without_a_common_factor(tmp_path, rate):
+    samples = noise(max(0.3, 40 / rate), rate)[:, 0]
+    path = write_sound(tmp_path / "x.wav", samples, rate, "FLOAT")
+    total = resampled_length(len(samples), rate, 8009)
+    whole = audio_read.resampled(torch.from_numpy(samples), rate, 8009)
+    assert len(whole) == total
+    with opened(str(path)) as source:
+        for start, count in [(0, 2000), (1, 1), (777, 800), (total - 900, 900), (0, total), (total - 1, 1)]:
+            got = piece(source, start, count, 8009)
+            torch.testing.assert_close(got, whole[start : start + count], rtol=0, atol=1e-6)
+    (sample,) = views(path, sample_rate=8009)
+    assert sample["signal"].isfinite().all()
+    AUDIO.eval_transform(AudioSignal(sample_rate=8009), PATCH)(AUDIO.decode(str(path)))
+
+
+@pytest.mark.parametrize("rates", [(11025, 8000), (8000, 11025), (44100, 16000), (8000, 16000), (16000, 8000)])
+def test_the_filter_is_the_same_where_it_is_not_kept(rates, monkeypatch):
+    samples = torch.from_numpy(noise(0.3, rates[0])[:, 0])
+    monkeypatch.setattr(audio_read, "_resampler", lambda rate, target: None)
+    monkeypatch.setattr(audio_read, "TAPS_AT_ONCE", 10_000)
+    # In float64, for torchaudio's float32 kernels are rounded coarsely.
+    expected = resample(samples.double(), *rates).float()
+    torch.testing.assert_close(audio_read.resampled(samples, *rates), expected, rtol=0, atol=1e-6)
 
 
 def views(path, seeds=(0,), **settings):
@@ -382,6 +430,12 @@ def test_a_spectrogram_can_be_heard():
     [
         ({"seconds": 0}, "seconds: input should be greater than 0"),
         ({"seconds": 0.001}, "seconds 0.001 is shorter than hop_ms 10"),
+        ({"seconds": 1e300}, r"seconds: input should be less than or equal to 86400, but got 1e\+300"),
+        ({"hop_ms": 1e300}, "hop_ms: input should be less than or equal to 1000"),
+        ({"window_ms": 1e300}, "window_ms: input should be less than or equal to 1000"),
+        ({"std": "nan"}, "std.*: input should be a finite number, but got 'nan'"),
+        ({"mean": math.nan}, "mean.*: input should be a finite number, but got nan"),
+        ({"mean": "loud"}, "mean.*: input should be a valid number"),
         ({"std": 0}, "std: must be greater than 0, but got 0"),
         ({"std": [1, 2]}, "std"),
         ({"fill": "loop"}, "fill: 'loop' is not valid"),
@@ -399,6 +453,7 @@ def test_wrong_settings_get_a_sentence(settings, message):
 def test_one_number_is_a_square_or_a_channel():
     assert AudioTokenizer(patch_size=8).patch_size == (8, 8)
     assert AudioSignal(mean=-6).mean == (-6.0,)
+    assert AudioSignal(std="1e-3").std == (0.001,)
     with pytest.raises(UserError, match="patch_size: both sides must be greater than 0"):
         validate(AudioTokenizer, {"patch_size": 0}, "recipe")
 

@@ -68,6 +68,13 @@ def test_what_does_not_divide_is_told_with_the_nearest_duration():
         tokenizer((16, 16), seconds=2.0)
     with pytest.raises(ValueError, match=r"take signal\.seconds 0\.16 \(1400 samples\)"):
         tokenizer((16, 16), seconds=0.1)
+    # A hop of 160.48 samples becomes one of 160; what is advised is accepted all the same.
+    with pytest.raises(ValueError, match=r"take signal\.seconds 1\.76528 or 1\.92576 "):
+        AUDIO.tokenizer(AudioSignal(hop_ms=10.03, seconds=1.92), AudioTokenizer(), 8)
+    for seconds, frames in {1.76528: 176, 1.92576: 192}.items():
+        signal = AudioSignal(hop_ms=10.03, seconds=seconds)
+        assert signal.frames == frames
+        assert AUDIO.tokenizer(signal, AudioTokenizer(), 8).grid == (8, frames // 16)
     with pytest.raises(ValueError, match=r"32 mel bins \(signal\.mels\) do not divide into patches of 10"):
         tokenizer((10, 8))
     with pytest.raises(ValueError, match=r"98 frames"):

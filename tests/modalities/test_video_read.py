@@ -9,6 +9,7 @@ from media import cut, numbered, numbers, rotate, tone, write_animation, write_f
 
 from mmssl.data.guard import BrokenFile, guarded
 from modalities import video_stream
+from modalities.encoder import MODALITIES
 from modalities.video_read import open_video
 
 COUNT = 80
@@ -198,6 +199,17 @@ def test_a_few_bytes_less_are_too_few(tmp_path, suffix):
     assert "truncated" in reason(cut(path, 0.98))
 
 
+def test_a_few_bytes_less_of_windows_media_are_too_few(tmp_path):
+    path = write_video(tmp_path / "video.wmv", numbered(40), codec="wmv2")
+    assert opened(str(path))[0] == 40
+    size, data = path.stat().st_size, bytearray(path.read_bytes())
+    assert reason(cut(path, 0.98)) == f"truncated: {int(size * 0.98)} of {size} bytes"
+    # One that was written as it went says so, and its size means nothing.
+    data[data.index(bytes.fromhex("a1dcab8c47a9cf11")) + 88] |= 1
+    path.write_bytes(data[: int(size * 0.98)])
+    assert opened(str(path))[0] == 40
+
+
 def test_a_container_that_announces_nothing_is_believed(tmp_path):
     # As recordings cut off and live streams are: of unknown length, which is all ones, and without duration.
     path = write_video(tmp_path / "live.mkv", numbered(20))
@@ -279,6 +291,19 @@ def test_one_frame_is_a_video(tmp_path, suffix):
         assert numbers(video.read([0, 0])) == [5, 5]
 
 
+def test_frames_of_two_sizes_in_one_file_are_told(tmp_path):
+    parts = [write_video(tmp_path / f"{rows}.ts", numbered(8, rows), codec="libx264") for rows in (48, 32)]
+    (tmp_path / "both.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    with open_video(str(tmp_path / "both.ts")) as video:
+        assert video.size == (48, 64)
+        assert numbers(video.read([7, 1])) == [7, 1]
+        for size in (None, (8, 8)):
+            with pytest.raises(BrokenFile, match=r"^its frames differ in size: 32 x 64 in frame 8, 48 x 64 in frame "):
+                video.read(range(16), size)
+    with pytest.raises(BrokenFile, match="its frames differ in size"):
+        MODALITIES["video"].inspect(str(tmp_path / "both.ts"))
+
+
 def test_a_folder_of_frames_is_in_the_order_of_its_numbers(tmp_path):
     folder = write_frames(tmp_path / "frames", numbered(12))
     (folder / "notes.txt").write_text("not a frame")
@@ -304,6 +329,30 @@ def test_frames_of_a_folder_that_differ_in_size_or_are_broken_are_told(tmp_path)
             video.read([0, 1])
         with pytest.raises(BrokenFile, match=r"frame2.png"):
             video.read([2])
+
+
+def test_a_broken_first_frame_of_a_folder_is_named(tmp_path):
+    folder = write_frames(tmp_path / "frames", numbered(2))
+    (folder / "frame0.png").write_bytes(b"not a picture")
+    assert reason(folder).startswith("frame frame0.png: not an image")
+    (folder / "frame0.png").write_bytes(b"")
+    assert "frame0.png" in reason(folder)
+
+
+@pytest.mark.parametrize("colours", [2, 256])
+def test_bytes_behind_a_gif_are_no_part_of_it(tmp_path, colours):
+    first, *rest = [PIL.Image.fromarray(frame).quantize(colours) for frame in numbered(4)]
+    path = tmp_path / "a.gif"
+    first.save(path, save_all=True, append_images=rest, duration=40)
+    whole = path.read_bytes()
+    for behind in (b"", bytes(3), b"left by a web server"):
+        path.write_bytes(whole + behind)
+        with open_video(str(path)) as video:
+            assert video.frames == 4
+    # Wherever it is cut, also where the last byte looks like a trailer.
+    for length in {len(whole) - 1, len(whole) - 2, whole.index(b";", len(whole) // 4) + 1} - {len(whole)}:
+        path.write_bytes(whole[:length])
+        assert reason(path) == "truncated: its trailer is missing"
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])

@@ -97,6 +97,42 @@ def test_a_second_run_does_only_what_is_missing(films, tmp_path):
         shrink(films, out, 48)
 
 
+def test_a_source_written_since_is_done_again(films, tmp_path):
+    out, frames = tmp_path / "out", write_frames(films / "frames", FRAMES[:3])
+    shrink(films, out, 32, workers=1)
+    later = time.time() + 10
+    write_video(films / "cats" / "a.mp4", FRAMES[:20])
+    (films / "dogs" / "b.mkv").write_bytes(b"no film any more")
+    PIL.Image.fromarray(FRAMES[9]).save(frames / "frame1.png")
+    for changed in (films / "cats" / "a.mp4", films / "dogs" / "b.mkv", frames / "frame1.png"):
+        os.utime(changed, (later, later))
+    result = shrink(films, out, 32, workers=1)
+    assert (result.encoded, result.skipped) == (2, 0)
+    assert result.broken == [{"path": "dogs/b.mkv", "reason": "not a video"}]
+    assert listed(out) == {"cats/a.mp4", *(f"frames/frame{i}.jpg" for i in range(3))}
+    assert numbers(read(out / "cats" / "a.mp4")[0]) == list(range(20))
+    assert numbers([np.array(PIL.Image.open(out / "frames" / "frame1.jpg"))]) == [9]
+
+
+def test_a_source_that_is_gone_keeps_its_copy(films, tmp_path):
+    write_manifest(films / "manifest.csv", [{"path": "cats/a.mp4"}, {"path": "dogs/b.mkv"}])
+    shrink(films, tmp_path / "out", 32, workers=1)
+    (films / "dogs" / "b.mkv").unlink()
+    assert shrink(films, tmp_path / "out", 32).skipped == 2
+    assert listed(tmp_path / "out") == {"manifest.csv", "cats/a.mp4", "dogs/b.mp4"}
+
+
+def test_copies_of_another_folder_are_not_gone_on_with(films, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    shrink(films, out, 32, workers=1)
+    (other / "cats").mkdir(parents=True)
+    write_video(other / "cats" / "a.mp4", FRAMES[:2])
+    with pytest.raises(UserError, match=f"copies of the videos in {films}; give another folder for those in {other}"):
+        shrink(other, out, 32)
+    (tmp_path / "link").symlink_to(films)
+    assert shrink(tmp_path / "link", out, 32).skipped == 2
+
+
 def test_a_small_cheap_film_is_copied_and_others_are_not_enlarged(tmp_path):
     films, out = tmp_path / "films", tmp_path / "out"
     films.mkdir()
@@ -155,6 +191,30 @@ def test_uneven_times_stay(tmp_path):
     source = write_video(tmp_path / "uneven.mp4", FRAMES, times=times)
     shrink(source, tmp_path / "out", 32)
     assert read(tmp_path / "out" / "uneven.mp4")[1] == pytest.approx((times - times[0]) / 1000, abs=1e-3)
+
+
+def test_pictures_that_begin_after_the_sound_stay_where_they_are(tmp_path):
+    times = 1000 + 40 * np.arange(30)
+    for name in ("late.mkv", "late.mp4"):
+        source = write_video(tmp_path / name, FRAMES, times=times, sound=True, g="250")
+        with open_video(f"{source}#t=1.2,1.6") as video:
+            expected = numbers(video.read(range(video.frames)))
+        assert len(expected) == 10
+        assert 0 < expected[0] < 6
+        out = tmp_path / f"out-{name}"
+        shrink(source, out, 32)
+        with open_video(f"{out / 'late.mp4'}#t=1.2,1.6") as video:
+            assert numbers(video.read(range(video.frames))) == expected
+        with open_video(str(out / "late.mp4")) as video:
+            assert numbers(video.read(range(video.frames))) == list(range(30))
+            assert video.fps == pytest.approx(25)
+
+
+def test_a_film_whose_frames_change_their_size_is_broken(tmp_path):
+    parts = [write_video(tmp_path / f"{side}.ts", FRAMES[:8, :side], codec="libx264") for side in (64, 48)]
+    (tmp_path / "both.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    (broken,) = shrink(tmp_path / "both.ts", tmp_path / "out", 32).broken
+    assert broken["reason"] == "its frames differ in size: 48 x 96 in frame 8, 64 x 96 in frame 0"
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])

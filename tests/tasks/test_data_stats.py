@@ -1,6 +1,7 @@
 """Measured statistics: those of the files' values, whatever the number of workers, and one sentence for mistakes."""
 
 import json
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -54,6 +55,17 @@ def test_broken_files_are_named_or_left_out_on_request(tmp_path):
     (tmp_path / "a.wav").unlink()
     with pytest.raises(UnusableData, match="none of the 1 files"):
         stats(tmp_path, "audio", skip_broken=True)
+
+
+def test_what_is_no_number_is_never_printed(sounds, monkeypatch):
+    for moments in ([[10.0, np.nan, 1.0]], [[10.0, 1.0, np.inf]], [[0.0, 0.0, 0.0]]):
+        monkeypatch.setattr("tasks.data_stats._moments", partial(_constant, np.array(moments)))
+        with pytest.raises(UnusableData, match="no finite mean and deviation"):
+            stats(sounds / "train", "audio", workers=1)
+
+
+def _constant(value, *_):
+    return value
 
 
 def test_mistakes(sounds):

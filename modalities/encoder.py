@@ -319,6 +319,7 @@ def load(path: str | Path, signal: Mapping[str, Any] | None = None) -> Encoder:
     Raises UserError, one sentence, for anything else; needs neither DeepSpeed nor the data.
     """
     folder = encoder_folder(Path(path))
+    changes = {key.removeprefix("signal."): value for key, value in (signal or {}).items()}
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         preprocess = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))
@@ -331,7 +332,7 @@ def load(path: str | Path, signal: Mapping[str, Any] | None = None) -> Encoder:
         raise UserError(f"{folder}: written in format {stored.get('format')}, but this mmssl reads format {FORMAT}")
     config = validate(
         typed(EncoderConfig, str(stored.get("modality")), str(folder)),
-        {"modality": stored["modality"], "model": stored.get("model"), "signal": override(preprocess, signal or {})},
+        {"modality": stored["modality"], "model": stored.get("model"), "signal": override(preprocess, changes)},
         f"{folder}/config.json",
     )
     try:

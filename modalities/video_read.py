@@ -111,7 +111,7 @@ class _Folder:
 
     def __init__(self, folder: Path, span: Span, fps: float) -> None:
         found = [p for p in folder.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
-        if not found:
+        if not any(letter.isdigit() for path in found for letter in path.name):  # a lone cover is no film
             raise BrokenFile("a folder without frames")
         self._paths = sorted(found, key=_natural)[piece(np.arange(len(found)) / fps, span)]
         self.frames, self.fps = len(self._paths), fps

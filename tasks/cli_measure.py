@@ -104,7 +104,7 @@ def predict(
     from tasks.predict import predict as run
 
     loaded = Classifier(classifier, parse_assignments(signal or ())).to(default_device())
-    emit(run(loaded, files, top=top, out=out, split=split, skip_broken=skip_broken), as_json)
+    emit(run(loaded, files, top=top, out=out, split=split, skip_broken=skip_broken), as_json, signal)
 
 
 def knn(
@@ -132,8 +132,8 @@ def knn(
     loaded = load(encoder, parse_assignments(signal or ()))
     listings = pair(loaded, train, test, train_split, test_split)
     result = run(loaded, *listings, label_column, counts, temperature, skip_broken=skip_broken)
-    keep(result, out, "knn.json")
-    emit(result, as_json)
+    keep(result, out, "knn.json", signal)
+    emit(result, as_json, signal)
 
 
 def linear_probe(
@@ -169,7 +169,7 @@ def linear_probe(
         loaded, *pair(loaded, train, test, train_split, test_split), protocol, out, per_layer=per_layer,
         label_column=label_column, seed=seed, skip_broken=skip_broken, overrides=settings,
     )  # fmt: skip
-    emit(result, as_json)
+    emit(result, as_json, signal)
 
 
 def embed(
@@ -186,7 +186,7 @@ def embed(
 
     loaded = load(encoder, parse_assignments(signal or ()))
     listing = list_files(data, loaded.kind, split=split)
-    emit(run(loaded, listing, out, skip_broken=skip_broken), as_json)
+    emit(run(loaded, listing, out, skip_broken=skip_broken), as_json, signal)
 
 
 def show(

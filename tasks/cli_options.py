@@ -1,12 +1,14 @@
 """What the commands of the command line share: their options, and how a result is printed and kept."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
 
+from mmssl.config import parse_assignments
 from mmssl.data.listing import Listing, list_files
 from mmssl.distributed import world
 from mmssl.files import to_json, write_json
@@ -47,14 +49,20 @@ class Result(Protocol):
         ...
 
 
-def emit(result: Result, as_json: bool) -> None:
-    """Print a result on stdout, on rank 0 alone."""
+def emit(result: Result, as_json: bool, signal: Sequence[str] | None = None) -> None:
+    """Print a result on stdout, on rank 0 alone, and how files were read where that was not as in training."""
     if not world().is_main:
         return
     if as_json:
-        print(to_json(result.as_dict()))
+        print(to_json(_facts(result, signal)))
     else:
         result.render(console())
+        if signal:
+            console().print(f"files were read with {', '.join(signal)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _facts(result: Result, signal: Sequence[str] | None) -> dict[str, Any]:
+    return {**result.as_dict(), "signal": parse_assignments(signal)} if signal else result.as_dict()
 
 
 def console() -> Console:
@@ -63,10 +71,10 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def keep(result: Result, out: Path | None, name: str) -> None:
+def keep(result: Result, out: Path | None, name: str, signal: Sequence[str] | None = None) -> None:
     """Write a result as ``name`` into the folder ``out``, if one is given."""
     if out is not None:
-        write_json(out / name, result.as_dict())
+        write_json(out / name, _facts(result, signal))
 
 
 def writable(out: Path | None) -> None:

@@ -36,7 +36,7 @@ from tasks.initial import Weights, read_weights, take
 from tasks.validation import Validation, Validator
 from tasks.writer import Writer, say
 
-MAY_DIFFER = ("train.steps", "train.epochs", "train.engine", "data.workers", "checkpoint.")
+MAY_DIFFER = ("train.steps", "train.epochs", "train.engine", "data.workers", "data.max_bad_fraction", "checkpoint.")
 """What may be changed when a run is resumed."""
 
 

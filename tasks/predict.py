@@ -108,7 +108,8 @@ def listed(classifier: Classifier, paths: Sequence[str | Path], split: str | Non
     kind = classifier.encoder.kind
     for path in map(Path, paths):
         found = list_files(path, kind, split=split)
-        base = path if path.is_dir() else path.parent
+        one = found.paths == [os.path.abspath(path)]  # noqa: PTH100 - a folder of frames is a file too
+        base = path.parent if one or not path.is_dir() else path
         files += found.paths
         names += [str(base / found.name(i)) for i in range(len(found))]
     return Listing(Path.cwd(), files), names

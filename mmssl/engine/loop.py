@@ -126,7 +126,7 @@ def train(
             if broken > limits.max_broken:
                 raise UnusableData(
                     f"{broken} files are broken, more than data.max_bad_fraction allows ({limits.max_broken}); "
-                    "ledger.jsonl in the run folder names them; mend or remove them, or raise the fraction"
+                    "ledger.jsonl in the run folder names them; mend them, or raise the fraction, and add --resume"
                 )
             every = limits.checkpoint_steps
             if last or signals or timer or (every is not None and done % every == 0):

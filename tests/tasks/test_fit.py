@@ -277,9 +277,9 @@ def test_nan_names_the_step_the_samples_and_the_tensor(tmp_path, photos, tiny_se
 
     forward, calls = MaskedDecoder.forward, [0]
 
-    def poisoned(self, latent, keep, drop, grid):
+    def poisoned(self, latent, keep, drop, grid, pad):
         calls[0] += 1
-        return forward(self, latent, keep, drop, grid) * (float("nan") if calls[0] >= 4 else 1.0)
+        return forward(self, latent, keep, drop, grid, pad) * (float("nan") if calls[0] >= 4 else 1.0)
 
     monkeypatch.setattr(MaskedDecoder, "forward", poisoned)
     with pytest.raises(NonFiniteLoss, match=r"step 4.*nan.*output of decoder.*\.png") as caught:

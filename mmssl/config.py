@@ -253,13 +253,13 @@ def validate(model: type[P], data: Mapping[str, Any], where: str) -> P:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(error)}") from None
+        raise UserError(f"{where}: {_sentence(error, data)}") from None
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
     # A union reports every branch that did not fit; the first is its main type. Types in the location are not keys.
     first = error.errors()[0]
-    parts = [str(part) for part in first["loc"] if not re.search(r"[\[\]()-]|^(int|float|str|literal)$", str(part))]
+    parts = [part for part in _keys(first["loc"], data) if not re.search(r"[\[\]()-]|^(int|float|str|literal)$", part)]
     if first["type"] == "unknown_key":
         hint = first["ctx"]["hint"].replace("mean '", "mean '" + "".join(f"{part}." for part in parts))
         return f"'{'.'.join([*parts, first['ctx']['key']])}' is not a key{hint}"
@@ -269,10 +269,27 @@ def _sentence(error: ValidationError) -> str:
     given = first["input"]
     if first["type"] == "missing":
         return f"'{'.'.join(parts)}' is missing"
-    if first["type"] == "literal_error":
-        options = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+    if first["type"].startswith("union_tag"):
+        parts.append(first["ctx"]["discriminator"].strip("'"))
+        if first["type"] == "union_tag_not_found":
+            return f"'{'.'.join(parts)}' is missing"
+        given = first["ctx"]["tag"]
+    if first["type"] in ("literal_error", "union_tag_invalid"):
+        expected = first["ctx"]["expected" if first["type"] == "literal_error" else "expected_tags"]
+        options = re.findall(r"'([^']+)'", expected)
         return f"{'.'.join(parts)}: {given!r} is not valid{nearest(str(given), options)}"
     return f"{'.'.join(parts)}: {message[0].lower()}{message[1:]}, but got {given!r}"
+
+
+def _keys(location: Sequence[str | int], data: Any) -> list[str]:
+    # Where one of several groups of settings was chosen by a value in it, that value is in the location, but is no key.
+    keys = []
+    for part in location:
+        if isinstance(data, Mapping) and part not in data and part in data.values():
+            continue
+        keys.append(str(part))
+        data = data.get(part) if isinstance(data, Mapping) else None
+    return keys
 
 
 def _copy(data: Any) -> Any:

@@ -16,7 +16,8 @@ Batch: TypeAlias = dict[str, Tensor]
 
 ``signal``: float32 [B, C, *size]; ``index``: int64 [B], the sample's global index; ``seed``: int64 [B], what stochastic
 layers draw from; ``keep`` [B, K] and ``drop`` [B, M]: int64 mask indices; ``target``: int64 [B] class indices, or 0 and
-1 per class, float32 [B, classes]; ``length``: int64 [B], how much of the signal's last axis is no padding.
+1 per class, float32 [B, classes]; ``length``: int64 [B], how much of the signal's last axis is no padding; ``past``: an
+earlier or wider look at the same file as ``signal``, of its shape.
 An objective uses the keys that it needs; a modality's views may add keys that its own tokenizer reads.
 """
 
@@ -59,6 +60,7 @@ class Tokenizer(Protocol):
 
     dim: int
     patch_dim: int
+    patch_size: Size
     channels: int
     size: Size
     grid: Grid
@@ -151,6 +153,9 @@ class EncoderModule(Protocol):
 class Objective(Protocol):
     """Turns a batch into a loss: the one root module that engines train. An ``nn.Module``."""
 
+    inputs: tuple[str, ...]
+    """The keys of the batch that hold signals, which a modality's views must give and all of which are used."""
+
     def __call__(self, batch: Batch) -> Step:
         """Return the loss and the metrics of one batch."""
         ...
@@ -172,6 +177,8 @@ class Reconstruction(NamedTuple):
     """The original with the masked patches predicted; what was hidden and not predicted is zero."""
     hidden: Tensor
     """1 where the encoder saw nothing, else 0."""
+    past: Tensor | None = None
+    """What it was predicted from besides, if there is a ``past``."""
 
 
 class Progress(NamedTuple):
@@ -199,18 +206,36 @@ class Classifies(Objective, Protocol):
         ...
 
 
-class Modality(Protocol):
+class Media(Protocol):
+    """Which files belong to a modality."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """What its files' names end in, lower case, with the dot."""
+        ...
+
+    @property
+    def frame_suffixes(self) -> frozenset[str]:
+        """What the names of pictures end in, a folder of which counts as one file; mostly none."""
+        ...
+
+    @property
+    def timed(self) -> bool:
+        """Whether a file has pieces from one second to another."""
+        ...
+
+
+class Modality(Media, Protocol):
     """One kind of media: decoding, transforms, tokenizer and pictures.
 
     Its settings are typed by the modality itself (``signal_type``, ``tokenizer_type``), hence ``Any`` here.
     """
 
-    name: str
-    suffixes: frozenset[str]
-    frame_suffixes: frozenset[str]
-    """What a folder of pictures holds that is one file of this modality; empty where there is no such thing."""
-    timed: bool
-    """Whether a file has pieces from one second to another."""
     extent_words: tuple[str, ...]
     """What the numbers of ``inspect`` are."""
 
@@ -243,8 +268,27 @@ class Modality(Protocol):
         """Return which of ``sizes`` suits a file, from its header alone; 0 for a file that cannot be read."""
         ...
 
+    def source(self, signal: Any) -> Media:
+        """Return which files are trained on: mostly its own, but frames of videos are pictures too."""
+        ...
+
+    def inputs(self, signal: Any) -> tuple[str, ...]:
+        """Return the keys under which a training sample has signals: ``signal``, perhaps ``past``."""
+        ...
+
+    def alone(self, signal: Any) -> Any:
+        """Return the settings for one look at a file: what an encoder keeps of them."""
+        ...
+
     def views(self, signal: Any) -> Views:
         """Return what reads a file and makes training signals of it."""
+        ...
+
+    def example(self, path: str, signal: Any, tokenizer: Any) -> dict[str, Tensor]:
+        """Return the ``inputs`` of a file as evaluation would see it, nothing drawn: [C, *size], perhaps several views.
+
+        Raises BrokenFile.
+        """
         ...
 
     def eval_transform(self, signal: Any, tokenizer: Any) -> Callable[[Any], Tensor]:
@@ -273,6 +317,18 @@ class Modality(Protocol):
         """Arrange one value (or row of values) per token, [N, ...], as ``picture`` does: [rows, columns, ...].
 
         Of moving pictures there is one frame per step of time.
+        """
+        ...
+
+
+@runtime_checkable
+class SeesFrames(Modality, Protocol):
+    """A modality whose encoders give one grid of tokens (h, w) for each frame of a video."""
+
+    def stills(self, frames: np.ndarray[Any, np.dtype[np.uint8]], size: Size, signal: Any, tokenizer: Any) -> Tensor:
+        """Return frames uint8 [n, H, W, 3] one by one as signals, resized to ``size``: float32 [n, C, *size].
+
+        Their grids have one step of time, where they have any.
         """
         ...
 

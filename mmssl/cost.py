@@ -5,7 +5,7 @@ real one does, so that its memory can be added up in seconds for models and batc
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -42,11 +42,13 @@ class Cost:
         return 3 * self.gflop_forward
 
 
-def sample_batch(signal_shape: tuple[int, ...], draw: Draw | None, grid: Grid, device: str = "cpu") -> Batch:
-    """Return a batch of one synthetic sample with signal [1, C, *size] on ``device`` and token grid ``grid``."""
+def sample_batch(
+    shape: tuple[int, ...], draw: Draw | None, grid: Grid, device: str = "cpu", inputs: Sequence[str] = ("signal",)
+) -> Batch:
+    """Return a batch of one synthetic sample: its ``inputs`` [1, *shape] on ``device``, masks for the token grid."""
     rng = np.random.default_rng(0)
     batch: Batch = {
-        "signal": torch.empty(1, *signal_shape, device=device).normal_(),
+        **{name: torch.empty(1, *shape, device=device).normal_() for name in inputs},
         "index": torch.zeros(1, dtype=torch.int64),
         "seed": torch.zeros(1, dtype=torch.int64),
         "target": torch.zeros(1, dtype=torch.int64),

@@ -21,6 +21,7 @@ from mmssl.contracts import Grid, Views
 from mmssl.data.guard import BrokenFile
 from mmssl.data.isolate import isolated
 from modalities.fbank import LogMel
+from modalities.looks import OneLook
 from modalities.spectrogram import SpectrogramTokenizer
 
 # libsndfile, the resampler and the colours are loaded by those who need them: pictures do without.
@@ -155,7 +156,7 @@ class Axes(NamedTuple):
     hertz: list[tuple[float, str]]
 
 
-class Audio:
+class Audio(OneLook):
     """The modality of sound."""
 
     name = "audio"

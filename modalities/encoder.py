@@ -109,6 +109,8 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         kind, model = MODALITIES[config.modality], config.model
+        # An encoder sees one signal at a time, whatever it was trained on.
+        config = config.model_copy(update={"signal": kind.alone(config.signal)})
         self.config, self.kind = config, kind
         self.modality = config.modality
         self.pooling: Literal["mean", "cls"] = model.pool

@@ -14,16 +14,20 @@ import PIL.Image
 import torch
 from PIL.Image import Resampling
 from PIL.ImageFile import ImageFile
-from pydantic import ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from mmssl.backbones.positions import PositionKind
 from mmssl.config import Piece
-from mmssl.contracts import Grid, Views
+from mmssl.contracts import Grid, Media, Size, Views
 from mmssl.data.guard import guarded
 from modalities.augment import Augment
 from modalities.image_read import decode, opened, pixels, to_rgb, upright_size
+from modalities.looks import FramePair, OneLook, Pair
 from modalities.patches import PatchTokenizer, TargetKind
+from modalities.pixels import Frames, normalised, resized
+from modalities.video_read import VIDEO_FILES
 
 
 def _pair(value: Any) -> Any:
@@ -47,6 +51,9 @@ class ImageSignal(Piece):
     """Training: mirror every other picture left to right."""
     augment: Augment = Augment()
     """Training: what else is done to a crop."""
+    pair: Pair | None = None
+    """Training: two looks at a file instead of one, for objectives that predict one from the other (siam_mae).
+    kind frames: two frames of a video, and videos are what is trained on. kind crops: two crops of a picture."""
     draft: bool = True
     """Training: decode a JPEG file at 1/2, 1/4 or 1/8 where even its smallest crop has ``size`` pixels that way.
     Far faster for large photographs; the pixels differ slightly from a full decoding, which evaluation always does."""
@@ -98,6 +105,12 @@ class ImageSignal(Piece):
             raise ValueError(f"is the share of a side that is kept, above 0 and at most 1, but got {value}")
         return value
 
+    @model_validator(mode="after")
+    def _no_buckets_of_videos(self) -> "ImageSignal":
+        if self.buckets and isinstance(self.pair, FramePair):
+            raise ValueError("buckets are for pictures, not for the frames of videos (pair.kind frames)")
+        return self
+
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """All sizes that signals may have, the encoder's own first."""
@@ -127,7 +140,7 @@ class ImageTokenizer(Piece):
         return value
 
 
-class Image:
+class Image(OneLook):
     """The modality of still pictures."""
 
     name = "image"
@@ -168,12 +181,40 @@ class Image:
         except Exception:  # reading it for training will find out what is wrong with it
             return 0
 
+    def source(self, signal: ImageSignal) -> Media:
+        """Return pictures, or videos where pairs of their frames are trained on."""
+        return VIDEO_FILES if isinstance(signal.pair, FramePair) else self
+
+    def inputs(self, signal: ImageSignal) -> tuple[str, ...]:
+        """Return ``signal``, and of a pair ``past`` too."""
+        return ("signal",) if signal.pair is None else ("signal", "past")
+
+    def alone(self, signal: ImageSignal) -> ImageSignal:
+        """Return the settings without a pair."""
+        return signal.model_copy(update={"pair": None})
+
     def views(self, signal: ImageSignal) -> Views:
-        """Return what reads a picture and makes random resized crops and flips of it."""
+        """Return what reads a picture and makes random resized crops and flips of it, or pairs of them or of frames."""
         # Only training needs torchvision, whose import takes seconds; the data workers inherit it.
+        if isinstance(signal.pair, FramePair):
+            from modalities.frame_pairs import FramePairViews
+
+            return FramePairViews(signal, signal.pair)
         from modalities.image_views import ImageViews
 
         return ImageViews(signal)
+
+    def example(self, path: str, signal: ImageSignal, tokenizer: ImageTokenizer) -> dict[str, Tensor]:
+        """Return a picture's centre crop; of a pair two frames from a video's middle, or a crop and its own middle.
+
+        Raises BrokenFile.
+        """
+        if isinstance(signal.pair, FramePair):
+            from modalities.frame_pairs import middle_pair
+
+            return middle_pair(path, signal, signal.pair)
+        found = super().example(path, signal, tokenizer)
+        return found if signal.pair is None else found | {"past": found["signal"], "signal": _inner(found["signal"])}
 
     def eval_transform(
         self, signal: ImageSignal, tokenizer: ImageTokenizer | None = None
@@ -187,6 +228,11 @@ class Image:
         for size in signal.buckets:
             made.grid_of(size)
         return made
+
+    def stills(self, frames: Frames, size: Size, signal: ImageSignal, tokenizer: ImageTokenizer) -> Tensor:
+        """Return frames uint8 [n, H, W, 3] as signals of ``size``: float32 [n, 3, h, w]."""
+        small = torch.from_numpy(resized(frames, (size[0], size[1])))
+        return normalised(small.movedim(-1, -3), signal.mean, signal.std, axis=-3)
 
     def picture(self, x: Tensor, signal: ImageSignal) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return a normalised signal [3, h, w] as something to look at: uint8 [h, w, 3]."""
@@ -251,6 +297,13 @@ def _normalised(image: PIL.Image.Image, signal: ImageSignal) -> Tensor:
     mean, std = _statistics(signal)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+
+
+def _inner(signal: Tensor) -> Tensor:
+    # What a crop of half its sides shows of [3, h, w], of the same size.
+    h, w = signal.shape[1:]
+    part = signal[:, h // 4 : h - h // 4, w // 4 : w - w // 4]
+    return interpolate(part[None], (h, w), mode="bicubic", antialias=True)[0]
 
 
 @lru_cache(maxsize=8)

@@ -9,7 +9,6 @@ for large files a reduced decoding (``benchmarks/image_pipeline.py``).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import PIL.Image
@@ -24,6 +23,8 @@ from mmssl.contracts import Size
 from modalities.augment import Augment, augment_picture, augment_signal
 from modalities.image import Box, ImageSignal
 from modalities.image_read import QUARTER_TURN, opened, orientation, pixels, upright_size
+from modalities.looks import CropPair
+from modalities.pixels import normalised
 
 SCALES = (8, 4, 2)
 """The reductions at which a JPEG file can be decoded."""
@@ -32,29 +33,51 @@ NO_AUGMENT = Augment()
 
 @dataclass(frozen=True)
 class ImageViews:
-    """Reads a picture once and makes of it one random resized crop per generator, float32 [3, h, w].
+    """Reads a picture once and makes of it one random resized crop per generator, float32 [3, h, w], or a pair of them.
 
     Raises BrokenFile, or what ``guarded`` makes one of.
     """
 
     signal: ImageSignal
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the crops of a sample are called, in the order in which they are drawn."""
+        return ("signal",) if self.signal.pair is None else ("past", "signal")
+
     def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[dict[str, Tensor]]:
-        """Return the crops; each generator gives its crop's box, its flip and its augmentation, in this order."""
+        """Return the crops; each generator gives its crops' boxes, then a flip and an augmentation for each of them."""
         with opened(path) as image:
             # The four colours of print (CMYK) are rare and left to Pillow, as evaluation has them.
             jpeg = image if isinstance(image, JpegImageFile) and image.mode in ("RGB", "L") else None
             picture, turn = (pixels(image), 1) if jpeg is None else (image, orientation(image))
             width, height = picture.size if jpeg is None else upright_size(jpeg)
-            boxes = [crop_box(height, width, self.signal, rng, size[1] / size[0]) for rng in rngs]
+            boxes = [box for rng in rngs for box in self._boxes(height, width, rng, size[1] / size[0])]
             # The small crops are turned upright, not the large picture.
             boxes = [stored_box(box, turn, picture.size) for box in boxes]
             stored = size if turn < QUARTER_TURN else size[::-1]
-            scale = draft_scale(height, width, self.signal, size) if jpeg is not None else 1
+            scale = draft_scale(height, width, self.signal, size, self._least) if jpeg is not None else 1
             decoded = picture if jpeg is None else _decode_jpeg(jpeg, path, scale)
             crops = [resampled(decoded, tuple(side / scale for side in box), stored) for box in boxes]
-        finished = (self._finish(upright(crop, turn), rng) for crop, rng in zip(crops, rngs, strict=True))
-        return [{"signal": signal} for signal in finished]
+        count, finish = len(self.names), self._finish
+        looks = [finish(upright(crop, turn), rngs[i // count]) for i, crop in enumerate(crops)]
+        return [dict(zip(self.names, looks[i : i + count], strict=True)) for i in range(0, len(looks), count)]
+
+    def _boxes(self, height: int, width: int, rng: np.random.Generator, aspect: float) -> list[Box]:
+        box, pair = crop_box(height, width, self.signal, rng, aspect), self.signal.pair
+        if not isinstance(pair, CropPair):
+            return [box]
+        if not pair.nested:
+            return [box, crop_box(height, width, self.signal, rng, aspect)]
+        left, top, right, bottom = box
+        inner = self.signal.model_copy(update={"crop_scale": pair.inner_scale})
+        x0, y0, x1, y1 = crop_box(round(bottom - top), round(right - left), inner, rng, aspect)
+        return [box, (left + x0, top + y0, left + x1, top + y1)]
+
+    @property
+    def _least(self) -> float:
+        pair = self.signal.pair
+        return pair.inner_scale[0] if isinstance(pair, CropPair) and pair.nested else 1.0
 
     def _finish(self, crop: Tensor, rng: np.random.Generator) -> Tensor:
         if rng.random() < 0.5 and self.signal.flip:
@@ -63,9 +86,7 @@ class ImageViews:
         if augment != NO_AUGMENT:
             picture = PIL.Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
             crop = _tensor(augment_picture(picture, augment, rng))
-        factor, shift = _factors(self.signal.mean, self.signal.std)
-        x = crop.to(torch.float32, memory_format=torch.contiguous_format).mul_(factor).add_(shift)
-        return augment_signal(x, augment, rng)
+        return augment_signal(normalised(crop, self.signal.mean, self.signal.std, axis=-3), augment, rng)
 
 
 def crop_box(height: int, width: int, signal: ImageSignal, rng: np.random.Generator, aspect: float = 1.0) -> Box:
@@ -113,16 +134,17 @@ def upright(stored: Tensor, turn: int) -> Tensor:
 _MIRRORED_X, _MIRRORED_Y = (2, 3, 7, 8), (3, 4, 6, 7)
 
 
-def draft_scale(height: int, width: int, signal: ImageSignal, size: Size) -> int:
+def draft_scale(height: int, width: int, signal: ImageSignal, size: Size, inner: float = 1.0) -> int:
     """Return the greatest reduction (1, 2, 4, 8) that leaves any crop at least ``size`` pixels in both directions.
 
     It goes by the smallest crop that the settings allow, not by the one drawn: a sample must not depend on which other
-    samples of its file happen to be decoded with it, which changes with the number of ranks.
+    samples of its file happen to be decoded with it, which changes with the number of ranks. ``inner`` is the least
+    share of a crop that a crop within it has.
     """
     if not signal.draft:
         return 1
     low, high = (size[1] / size[0] * ratio for ratio in signal.crop_ratio)
-    area = signal.crop_scale[0] * height * width
+    area = inner * signal.crop_scale[0] * height * width
     # The second and third terms are the centre crop's, which is taken where no other fits.
     least_w = min(math.sqrt(area * low) - 0.5, width, height * low - 0.5)
     least_h = min(math.sqrt(area / high) - 0.5, height, width / high - 0.5)
@@ -164,10 +186,3 @@ def _decode_jpeg(image: JpegImageFile, path: str, scale: int) -> PIL.Image.Image
 
 def _tensor(picture: PIL.Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-@lru_cache(maxsize=8)
-def _factors(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    # (x / 255 - mean) / std as one multiplication and one addition.
-    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-    return (1 / (255 * s)).float().view(3, 1, 1), (-m / s).float().view(3, 1, 1)

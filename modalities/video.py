@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from mmssl.backbones.positions import PositionKind
 from mmssl.config import Piece
@@ -21,8 +20,10 @@ from mmssl.contracts import Grid, Size, Views
 from mmssl.data.isolate import isolated
 from modalities.augment import Augment
 from modalities.image import Image, ImageSignal
+from modalities.looks import OneLook
 from modalities.patches import PatchTokenizer, TargetKind
-from modalities.video_read import FOLDER_FPS, Decoder, Frames, FrameSize, Reader, open_video
+from modalities.pixels import Frames, FrameSize, normalised, resized
+from modalities.video_read import FOLDER_FPS, VIDEO_FILES, Decoder, Reader, open_video
 from modalities.video_sampling import dense_test, spacing, uniform
 
 Count = Annotated[int, Field(gt=0)]
@@ -106,15 +107,13 @@ class VideoFile:
     path: str
 
 
-class Video:
+class Video(OneLook):
     """The modality of moving pictures: video files, animated GIFs and folders of frames."""
 
-    name = "video"
-    suffixes = frozenset(
-        {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".3gp"}
-    ) | {".gif"}
-    frame_suffixes = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-    timed = True
+    name = VIDEO_FILES.name
+    suffixes = VIDEO_FILES.suffixes
+    frame_suffixes = VIDEO_FILES.frame_suffixes
+    timed = VIDEO_FILES.timed
     extent_words: tuple[str, ...] = ("frames", "height", "width")
     signal_type = VideoSignal
     tokenizer_type = VideoTokenizer
@@ -165,6 +164,11 @@ class Video:
         eps = [1e-6 / std for std in signal.std] if target == "normalized_per_channel" else 1e-6
         return PatchTokenizer(size, tokenizer.patch_size, 3, dim, positions, target, eps, extend=(0,))
 
+    def stills(self, frames: Frames, size: Size, signal: VideoSignal, tokenizer: VideoTokenizer) -> Tensor:
+        """Return frames uint8 [n, H, W, 3] as clips that stand still for one tube: float32 [n, 3, tube, *size]."""
+        clips = as_signals(resized(frames, (size[0], size[1]))[:, None], signal)
+        return clips.expand(-1, -1, tokenizer.patch_size[0], -1, -1)
+
     def picture(self, x: Tensor, signal: VideoSignal) -> Frames:
         """Return a normalised signal [3, t, h, w] as a film strip of all its frames: uint8 [h, t * w, 3]."""
         return IMAGE.picture(x.transpose(1, 2).flatten(2), still(signal))
@@ -193,25 +197,9 @@ def still(signal: VideoSignal) -> ImageSignal:
 _OF_STILLS = VideoSignal.model_fields.keys() & ImageSignal.model_fields.keys()
 
 
-def normalised(frames: Frames | Tensor, signal: VideoSignal) -> Tensor:
+def as_signals(frames: Frames | Tensor, signal: VideoSignal) -> Tensor:
     """Return 8-bit clips [..., t, h, w, 3] as signals, float32 [..., 3, t, h, w]."""
-    factor, shift = _factors(signal.mean, signal.std)
-    channels_first = torch.as_tensor(frames).movedim(-1, -4)
-    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).mul_(factor).add_(shift)
-
-
-@lru_cache(maxsize=8)
-def _factors(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    # (x / 255 - mean) / std as one multiplication and one addition.
-    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-    return (1 / (255 * s)).float().view(3, 1, 1, 1), (-m / s).float().view(3, 1, 1, 1)
-
-
-def resized(frames: Frames, size: FrameSize) -> Frames:
-    """Resize frames [n, H, W, 3] to [n, *size, 3] by an antialiased bicubic."""
-    # In this layout, channels last, torch has a vectorised kernel that takes bytes as they are.
-    small = interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2), size, mode="bicubic", antialias=True)
-    return small.permute(0, 2, 3, 1).numpy()
+    return normalised(torch.as_tensor(frames).movedim(-1, -4), signal.mean, signal.std, axis=-4)
 
 
 # Evaluation
@@ -224,7 +212,7 @@ class _EvalTransform:
     def __call__(self, video: VideoFile) -> Tensor:
         if not isinstance(video, VideoFile):
             raise TypeError(f"a path, an opened video or a float tensor is needed, but got {type(video).__name__}")
-        views = normalised(isolated(_EvalClips(self.signal), video.path, timeout=None), self.signal)
+        views = as_signals(isolated(_EvalClips(self.signal), video.path, timeout=None), self.signal)
         return views[0] if self.signal.views == (1, 1) else views
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, TypeAlias
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -19,11 +19,8 @@ from mmssl.data import fragment
 from mmssl.data.fragment import Span
 from mmssl.data.guard import BrokenFile
 from modalities import image_read
+from modalities.pixels import Frames, FrameSize
 
-Frames: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
-"""RGB, uint8 [n, h, w, 3]."""
-FrameSize: TypeAlias = tuple[int, int]
-"""Height and width."""
 Decoder: TypeAlias = Literal["auto", "pyav", "decord"]
 
 DEFAULT_DECODER: Literal["pyav", "decord"] = "pyav"
@@ -33,6 +30,35 @@ FOLDER_FPS = 25.0
 """Frames per second of a folder of frames where nothing else is known."""
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 """What counts as a frame in a folder."""
+
+
+class VideoFiles(NamedTuple):
+    """Which files are videos (``mmssl.contracts.Media``)."""
+
+    name: str = "video"
+    suffixes: frozenset[str] = frozenset(
+        {
+            ".mp4",
+            ".mkv",
+            ".webm",
+            ".avi",
+            ".mov",
+            ".m4v",
+            ".mpg",
+            ".mpeg",
+            ".ts",
+            ".wmv",
+            ".flv",
+            ".ogv",
+            ".3gp",
+            ".gif",
+        }
+    )
+    frame_suffixes: frozenset[str] = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+    timed: bool = True
+
+
+VIDEO_FILES = VideoFiles()
 ANIMATIONS = frozenset({".gif", ".webp"})
 UNSET_DURATION = 0.1
 """Seconds that a frame of an animation stands which gives no duration, as browsers have it."""

@@ -57,6 +57,19 @@ def dense_test(
     return np.stack([_clip(frames, int(place), count, spacing(fps, stride, rate)) for place in places])
 
 
+def pair(frames: int, least: int, most: int, rng: np.random.Generator | None = None) -> Indices:
+    """Return two frames [2] from ``least`` to ``most`` apart, the earlier first; without generator the middle ones.
+
+    A gap that a short video does not have is never drawn; raises TooShort where it has none at all.
+    """
+    if frames <= least:
+        raise TooShort(f"too short: {frames} of the {least + 1} frames that the closest pair spans")
+    most = min(most, frames - 1)
+    gap = (least + most) // 2 if rng is None else int(rng.integers(least, most + 1))
+    first = (frames - 1 - gap) // 2 if rng is None else int(rng.integers(frames - gap))
+    return np.array([first, first + gap], dtype=np.int64)
+
+
 def uniform(frames: int, count: int) -> Indices:
     """Return the centres of ``count`` equal segments of the whole video [count]; repeats where frames are fewer."""
     centres: Indices = (2 * np.arange(count, dtype=np.int64) + 1) * frames // (2 * count)

@@ -23,7 +23,8 @@ from av.video.stream import VideoStream
 from mmssl.data.fragment import Span
 from mmssl.data.guard import BrokenFile
 from modalities.image_read import MAX_PIXELS
-from modalities.video_read import Frames, FrameSize, Reader, checked, piece
+from modalities.pixels import Frames, FrameSize
+from modalities.video_read import Reader, checked, piece
 
 Moments = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -7,6 +7,7 @@ same for all frames of a clip.
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import PIL.Image
@@ -19,9 +20,34 @@ from mmssl.data.isolate import isolated
 from modalities.augment import Augment, augment_picture, augment_signal
 from modalities.image import Box
 from modalities.image_views import NO_AUGMENT, crop_box, draft_scale
-from modalities.video import VideoSignal, normalised, resized, still
-from modalities.video_read import Frames, FrameSize, Reader, open_video
+from modalities.pixels import Frames, FrameSize, resized
+from modalities.video import VideoSignal, as_signals, still
+from modalities.video_read import Reader, open_video
 from modalities.video_sampling import Indices, TooShort, dense, tsn, uniform
+
+
+class Moments(Protocol):
+    """Chooses the frames of a clip; picklable."""
+
+    def __call__(self, video: Reader, count: int, rng: np.random.Generator) -> Indices:
+        """Return ``count`` frames, int64 [count]; raises TooShort where the video has not enough."""
+        ...
+
+
+@dataclass(frozen=True)
+class SignalMoments:
+    """The frames that a video's settings ask for."""
+
+    signal: VideoSignal
+
+    def __call__(self, video: Reader, count: int, rng: np.random.Generator) -> Indices:
+        """Return the frames of one clip [count]."""
+        signal = self.signal
+        if signal.sampling == "uniform":
+            return uniform(video.frames, count)
+        if signal.sampling == "tsn":
+            return tsn(video.frames, count, rng)
+        return dense(video.frames, video.fps, count, signal.stride, signal.fps, rng, hold=signal.short == "hold")
 
 
 @dataclass(frozen=True)
@@ -32,13 +58,17 @@ class VideoViews:
     """
 
     signal: VideoSignal
+    moments: Moments | None = None
+    """Which frames a clip has, if not those that ``signal`` asks for."""
 
     def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[dict[str, Tensor]]:
         """Return the clips of ``size`` (t, h, w)."""
         # The child process draws moments and boxes, and generators do not come back from it.
         seeds = [int(rng.integers(2**63)) for rng in rngs]
         # No limit here: whoever has set one interrupts the wait, and with that the child is ended.
-        clips = isolated(_Clips(self.signal, seeds, size), path, timeout=None)
+        clips = isolated(
+            _Clips(self.signal, seeds, size, self.moments or SignalMoments(self.signal)), path, timeout=None
+        )
         return [{"signal": self._finish(clip, rng)} for clip, rng in zip(clips, rngs, strict=True)]
 
     def _finish(self, clip: Frames, rng: np.random.Generator) -> Tensor:
@@ -47,7 +77,7 @@ class VideoViews:
         augment = self.signal.augment
         if augment != NO_AUGMENT:
             clip, rng = _augmented(clip, augment, rng)
-        x = normalised(np.ascontiguousarray(clip), self.signal)
+        x = as_signals(np.ascontiguousarray(clip), self.signal)
         return augment_signal(x.flatten(0, 1), augment, rng).view_as(x)
 
 
@@ -68,6 +98,7 @@ class _Clips:
     signal: VideoSignal
     seeds: Sequence[int]
     size: Size
+    moments: Moments
 
     def __call__(self, path: str) -> list[Frames]:
         count, h, w = self.size
@@ -82,13 +113,8 @@ class _Clips:
         return [_cropped(clip, box, scale, (h, w)) for clip, box in zip(frames, boxes, strict=True)]
 
     def _indices(self, video: Reader, count: int, rng: np.random.Generator) -> Indices:
-        signal = self.signal
-        if signal.sampling == "uniform":
-            return uniform(video.frames, count)
-        if signal.sampling == "tsn":
-            return tsn(video.frames, count, rng)
         try:
-            return dense(video.frames, video.fps, count, signal.stride, signal.fps, rng, hold=signal.short == "hold")
+            return self.moments(video, count, rng)
         except TooShort as error:
             raise BrokenFile(str(error)) from None
 

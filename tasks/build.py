@@ -102,6 +102,12 @@ def build_objective(recipe: Recipe) -> nn.Module:
         objective = recipe.objective.build({recipe.modality: Encoder(recipe)})
     except ValueError as error:  # settings that are each valid but do not go together
         raise UserError(str(error)) from None
+    given = MODALITIES[recipe.modality].inputs(recipe.signal)
+    if set(objective.inputs) != set(given):
+        raise UserError(
+            f"objective.name '{recipe.objective.name}' learns from {' and '.join(objective.inputs)}, but modality "
+            f"{recipe.modality} with these settings gives {' and '.join(given)}; see signal.pair of the image recipes"
+        )
     assert isinstance(objective, nn.Module)
     return objective
 
@@ -138,7 +144,8 @@ def synthetic(objective: nn.Module, size: Size, device: str = "meta") -> Batch:
     """Return a batch of one sample of ``size`` for an objective; on "meta" its signal has a shape and nothing else."""
     viewed = as_objective(objective)
     tokenizer = next(iter(viewed.encoders().values())).tokenizer
-    return sample_batch((tokenizer.channels, *size), viewed.draw(), tokenizer.grid_of(size), device)
+    shape, grid = (tokenizer.channels, *size), tokenizer.grid_of(size)
+    return sample_batch(shape, viewed.draw(), grid, device, viewed.inputs)
 
 
 def as_objective(module: nn.Module) -> Objective:

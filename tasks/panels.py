@@ -95,11 +95,15 @@ class Files(NamedTuple):
     names: list[str]
 
 
+def read_example(config: EncoderConfig, path: str, timeout: float = DECODE_TIMEOUT) -> dict[str, Tensor]:
+    """Return a file as an objective of this configuration sees it: its inputs, [C, *size]; UnusableData names it."""
+    kind = MODALITIES[config.modality]
+    return _unbroken(lambda name: kind.example(name, config.signal, config.model.tokenizer), path, timeout)
+
+
 def read_signal(config: EncoderConfig, path: str, timeout: float = DECODE_TIMEOUT) -> Tensor:
     """Return a file as an encoder of this configuration sees it, [C, *size]; raises UnusableData naming it."""
-    kind = MODALITIES[config.modality]
-    transform = kind.eval_transform(config.signal, config.model.tokenizer)
-    return _unbroken(lambda name: transform(kind.decode(name)), path, timeout)
+    return read_example(config, path, timeout)["signal"]
 
 
 def read_rate(config: EncoderConfig, path: str, timeout: float = DECODE_TIMEOUT) -> float:

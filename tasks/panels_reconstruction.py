@@ -1,6 +1,6 @@
 """What a masked objective sees of a file and what it makes of the rest: in pictures, in motion and by ear."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -32,7 +32,7 @@ class Attempt(NamedTuple):
     @property
     def stages(self) -> list[Tensor]:
         """What is there, what is seen and what is predicted, as the tokenizer cuts it: [C, *size] each."""
-        original, filled, hidden = self.made
+        original, filled, hidden, _ = self.made
         return [original, torch.where(hidden > 0, 0.0, original), filled]
 
     @property
@@ -57,7 +57,8 @@ def draw_at(recipe: Recipe, objective: Reconstructs, ratio: float, source: Path)
     if not hasattr(recipe.objective, "mask_ratio"):
         raise UserError(f"{source}: {recipe.objective.name} has no mask ratio, at which it could be shown")
     # All that is hidden is shown, also where training predicts only a part of it.
-    settings = recipe.objective.model_copy(update={"mask_ratio": ratio, "decode_ratio": 1.0})
+    whole = {name: 1.0 for name in ("decode_ratio",) if hasattr(recipe.objective, name)}
+    settings = recipe.objective.model_copy(update={"mask_ratio": ratio, **whole})
     with torch.device("meta"):  # only its draw is wanted, not another decoder
         draw = settings.build(objective.encoders()).draw()
     assert draw is not None
@@ -65,14 +66,15 @@ def draw_at(recipe: Recipe, objective: Reconstructs, ratio: float, source: Path)
 
 
 def attempt(
-    objective: Reconstructs, draw: Draw | None, ratio: float, signal: Tensor, rng: np.random.Generator
+    objective: Reconstructs, draw: Draw | None, ratio: float, example: Mapping[str, Tensor], rng: np.random.Generator
 ) -> Attempt:
-    """Return what an objective makes of a signal [C, *size], or of several views of one of the middle one."""
+    """Return what an objective makes of a file's inputs [C, *size], of several views of them of the middle one."""
     tokenizer = next(iter(objective.encoders().values())).tokenizer
-    signal = one_view(signal, len(tokenizer.size))
-    grid = tokenizer.grid_of(signal.shape[1:])
-    made = objective.reconstruct(batch_of_one(signal, draw, grid, rng))
-    return Attempt(ratio, Reconstruction(*(x[0] for x in made)), prod(grid))
+    inputs = {name: one_view(signal, len(tokenizer.size)) for name, signal in example.items()}
+    grid = tokenizer.grid_of(inputs["signal"].shape[1:])
+    original, filled, hidden, past = objective.reconstruct(batch_of_one(inputs, draw, grid, rng))
+    alone = Reconstruction(original[0], filled[0], hidden[0], None if past is None else past[0])
+    return Attempt(ratio, alone, prod(grid))
 
 
 def attempts(
@@ -80,20 +82,20 @@ def attempts(
     objective: Reconstructs,
     source: Path,
     names: Sequence[str],
-    signals: Sequence[Tensor],
+    examples: Sequence[Mapping[str, Tensor]],
     ratios: Sequence[float],
     seed: int,
     rates: Sequence[float] | None = None,
 ) -> list[Attempts]:
-    """Return each signal [C, *size] at each mask ratio.
+    """Return each file's inputs, [C, *size] each, at each mask ratio.
 
     The mask of a file depends on the seed and its place alone; what is seen at a higher ratio is seen at a lower one.
     """
     draws = [draw_at(recipe, objective, ratio, source) for ratio in ratios]
     found = []
-    for i, (name, signal) in enumerate(zip(names, signals, strict=True)):
+    for i, (name, example) in enumerate(zip(names, examples, strict=True)):
         made = [
-            attempt(objective, draw, ratio, signal, np.random.default_rng([seed, i]))
+            attempt(objective, draw, ratio, example, np.random.default_rng([seed, i]))
             for ratio, draw in zip(ratios, draws, strict=True)
         ]
         found.append(Attempts(name, made, rates[i] if rates else 0.0))
@@ -114,12 +116,12 @@ def reconstruction_panel(recipe: Recipe, found: Sequence[Attempts], playing: boo
         shots: list[Shot] = []
         for one in made:
             original, masked, predicted, *film = triplet(recipe, one, playing, rate)
-            shots = shots or [Shot("original", original)]
+            shots = shots or [Shot(name, x) for name, x in given(recipe, one).items()] + [Shot("original", original)]
             shots += [Shot(one.words, masked), Shot("reconstruction", predicted)]
             shots += [Shot(f"original, {100 * one.ratio:g} % masked and reconstruction, in motion", x) for x in film]
         blocks.append(Block(name, [Line("", shots)]))
     words = " / ".join(f"{100 * one.ratio:g}" for one in found[0].at)
-    note = f"{recipe.objective.name.upper()} saw only what the masked pictures show.{target_note(recipe)}"
+    note = f"{seen_note(recipe, 'masked pictures')}{target_note(recipe)}"
     note += sound_note(kind) if playing else ""
     return Panel(f"Reconstructions at {words} % masked", note, arranged(blocks))
 
@@ -138,6 +140,18 @@ def triplet(recipe: Recipe, made: Attempt, playing: bool = False, rate: float = 
         frames = beside([kind.motion(x, recipe.signal) for x in made.stages])
         shown.append(Medium(frames[0], film=animate(list(frames), rate, "WEBP")))
     return shown
+
+
+def given(recipe: Recipe, made: Attempt) -> dict[str, Shown]:
+    """Return what was seen besides, by its name: the past look of a pair."""
+    past = made.made.past
+    return {} if past is None else {"past": still(MODALITIES[recipe.modality], past, recipe.signal)}
+
+
+def seen_note(recipe: Recipe, masked: str) -> str:
+    """Return what a reconstruction was made from, where the masked pictures are called ``masked``."""
+    also = " and the past ones" if "past" in MODALITIES[recipe.modality].inputs(recipe.signal) else ""
+    return f"{recipe.objective.name.upper().replace('_', ' ')} saw only what the {masked}{also} show."
 
 
 def target_note(recipe: Recipe) -> str:

@@ -67,7 +67,7 @@ class PretrainResult:
 
 def training_files(recipe: Recipe, data: str | Path, split: str | None) -> Listing:
     """Return the files to pre-train on: those of ``split``, or of the split ``train`` where the data has splits."""
-    kind = MODALITIES[recipe.modality]
+    kind = MODALITIES[recipe.modality].source(recipe.signal)
     return list_files(data, kind, split=split, default_split="train")
 
 

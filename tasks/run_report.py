@@ -8,8 +8,8 @@ from mmssl.errors import UnusableData
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
 from tasks.build import Recipe, measure_cost
-from tasks.panels import read_rate, read_signal
-from tasks.panels_reconstruction import attempt, sound_note, target_note, triplet
+from tasks.panels import read_example, read_rate
+from tasks.panels_reconstruction import attempt, given, seen_note, sound_note, target_note, triplet
 from tasks.report import Code, Curve, Facts, Pictures, Section
 from tasks.writer import load_objective
 
@@ -58,19 +58,20 @@ def reconstructions(
     kind = MODALITIES[recipe.modality]
     picks = np.linspace(0, len(shown) - 1, min(most, len(shown))).astype(int).tolist()
     ratio = getattr(recipe.objective, "mask_ratio", 0.0)
-    rows = []
+    rows, names = [], [""]
     for i in picks:
         try:
-            signal = read_signal(recipe, shown.paths[i], recipe.data.timeout)
+            example = read_example(recipe, shown.paths[i], recipe.data.timeout)
             rate = read_rate(recipe, shown.paths[i], recipe.data.timeout)
         except UnusableData:
             continue  # it is in the ledger
         rng = np.random.default_rng([recipe.train.seed, i])
-        rows.append(triplet(recipe, attempt(objective, objective.draw(), ratio, signal, rng), True, rate))
+        made = attempt(objective, objective.draw(), ratio, example, rng)
+        names = [*given(recipe, made), "input", "masked", "reconstruction", "in motion"]
+        rows.append([*given(recipe, made).values(), *triplet(recipe, made, True, rate)])
     if not rows:
         return []
-    columns = ["input", "masked", "reconstruction", "in motion"][: len(rows[0])]
+    columns = names[: len(rows[0])]
     which = "Files that were not trained on" if held_out else "Files that were trained on"
-    note = f"{which}; {recipe.objective.name.upper()} saw only what the {columns[1]} picture shows."
-    note += target_note(recipe) + sound_note(kind)
+    note = f"{which}; {seen_note(recipe, 'masked pictures')}{target_note(recipe)}{sound_note(kind)}"
     return [Pictures("Reconstructions", note, columns, rows)]

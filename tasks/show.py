@@ -12,13 +12,13 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args
 from rich.console import Console
 from torch import Tensor, nn
 
-from mmssl.contracts import Modality, Moves, Reconstructs, Sounds
+from mmssl.contracts import Media, Modality, Moves, Reconstructs, Sounds
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError, nearest, sibling
 from mmssl.files import replacing_file
-from modalities.encoder import MODALITIES, EncoderConfig, encoder_folder, load
+from modalities.encoder import MODALITIES, encoder_folder, load
 from tasks.build import Recipe
-from tasks.panels import Files, Panel, legible, read_rate, read_signal
+from tasks.panels import Files, Panel, legible, read_example, read_rate, read_signal
 from tasks.panels_media import animate
 from tasks.panels_neighbours import neighbours_panel
 from tasks.panels_page import write_panel
@@ -150,7 +150,7 @@ def _of_encoder(
     source: Path, files: Sequence[Path | str], out: Path, panel: Name, options: ShowOptions
 ) -> tuple[Files, Panel, dict[str, Any]]:
     encoder = load(source)
-    found = _files(files, encoder.config, out)
+    found = _files(files, encoder.kind, out)
     folder = list_files(options["data"], encoder.kind) if panel == "neighbours" else None
     signals = [read_signal(encoder.config, path) for path in found.paths]
     facts: dict[str, Any]
@@ -174,12 +174,12 @@ def _reconstruction(source: Path, run: Run, files: Sequence[Path | str], out: Pa
     ratios, seed = options.get("ratios", own if suffix == ".wav" else RATIOS), options.get("seed", 0)
     if suffix == ".wav" and len(ratios) > 1:
         raise UserError(f"{out} holds one sound, but {len(ratios)} --ratios were given; give one, or an .html page")
-    found = _files(files, recipe, out)
-    signals = [read_signal(recipe, path) for path in found.paths]
+    found = _files(files, kind.source(recipe.signal), out)
+    examples = [read_example(recipe, path) for path in found.paths]
     rates = None if suffix == ".png" else [read_rate(recipe, path) for path in found.paths]
-    made = attempts(recipe, objective, source, found.names, signals, ratios, seed, rates)
+    made = attempts(recipe, objective, source, found.names, examples, ratios, seed, rates)
     axes = len(next(iter(objective.encoders().values())).tokenizer.size)
-    note = _write(out, recipe, made, _views_note(signals, axes))
+    note = _write(out, recipe, made, _views_note([example["signal"] for example in examples], axes))
     return ShowResult(out, "reconstruction", found.paths, note, {"ratios": list(ratios), "seed": seed})
 
 
@@ -302,9 +302,8 @@ def _check_vectors(source: Path, files: Sequence[Path | str]) -> None:
         raise UserError(f"{source} holds vectors, so no further file is shown: leave out {files[0]}")
 
 
-def _files(given: Sequence[Path | str], config: EncoderConfig, out: Path) -> Files:
+def _files(given: Sequence[Path | str], kind: Media, out: Path) -> Files:
     """Return the files to show, folders opened; UserError for none, too many, or one that ``out`` would overwrite."""
-    kind = MODALITIES[config.modality]
     if not given:
         raise UserError(
             f"name at least one file to show, of modality {kind.name} ({', '.join(sorted(kind.suffixes))}), "

@@ -110,6 +110,13 @@ TINY_VIDEO = {
     "signal.frames": 4, "signal.size": [16, 16], "signal.stride": 2, "model.tokenizer.patch_size": [2, 4, 4],
     "objective.mask_ratio": 0.75, "objective.decode_ratio": 0.5, "data.repeats": 2, **SMALL,
 }  # fmt: skip
+TINY_PAIRS = {
+    **TINY,
+    "signal.pair.gap": [2, 6],
+    "signal.pair.unit": "frames",
+    "objective.past_mask_ratio": 0.25,
+    "data.repeats": 2,
+}
 TINY_AUDIO = {
     "signal.sample_rate": 8000, "signal.seconds": 0.32, "signal.mels": 32, "signal.fill": "pad",
     "model.tokenizer.patch_size": [8, 8], "objective.mask": "time_frequency", **SMALL,
@@ -150,11 +157,12 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def materials(photos: Path, clips: Path, sounds: Path) -> dict[str, Material]:
-    """By modality: a tiny recipe, files and settings for runs of a second."""
+    """By modality, and for pairs of frames: a tiny recipe, files and settings for runs of a second."""
     return {
         "image": Material("image-mae-tiny", photos, TINY),
         "video": Material("video-mae-tiny", clips, TINY_VIDEO),
         "audio": Material("audio-mae-tiny", sounds, TINY_AUDIO),
+        "pairs": Material("siam-mae-tiny", clips, TINY_PAIRS),
     }
 
 

@@ -8,7 +8,7 @@ import torch
 
 from mmssl.config import read_yaml
 from mmssl.run import Run
-from modalities.encoder import load
+from modalities.encoder import MODALITIES, load
 from tasks.build import as_objective, load_recipe, parse_recipe, recipe_names, sketch_objective
 from tasks.pretrain import dry_run, pretrain
 
@@ -84,7 +84,10 @@ def test_a_published_model_can_be_planned_whole(name):
 def test_a_recipe_trains(name, materials, tmp_path):
     given = load_recipe(name)
     files = materials[given.modality].folder
-    result = pretrain(name, files, tmp_path / "run", SMALL | SMALL_SIGNAL[given.modality])
+    source = MODALITIES[given.modality].source(given.signal).name
+    pairs = {"signal.pair": {"gap": [2, 4], "unit": "frames"}} if source != given.modality else {}
+    settings = SMALL | SMALL_SIGNAL[given.modality] | pairs
+    result = pretrain(name, materials[source].folder, tmp_path / "run", settings)
     assert result.steps == 1
     assert math.isfinite(result.loss)
     stored = read_yaml(Run(result.run).config_file)

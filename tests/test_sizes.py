@@ -33,7 +33,7 @@ def test_one_model_learns_and_reconstructs_at_any_size(walker, draw_batch, size)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in walker.parameters())
-    original, filled, hidden = walker.reconstruct(batch)
+    original, filled, hidden, _ = walker.reconstruct(batch)
     assert torch.equal(original, signal)
     assert filled.shape == signal.shape
     assert torch.equal(filled[hidden == 0], signal[hidden == 0])

@@ -128,6 +128,25 @@ class Attention(nn.Module):
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention from one sequence to another."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} does not divide into {num_heads} heads")
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """Map [B, N, D] to [B, N, D], attending to memory [B, N', D]."""
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
 class MLP(nn.Module):
     """Two linear layers with a GELU between them."""
 

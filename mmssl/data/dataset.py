@@ -6,7 +6,7 @@ the step, the batch size, the world size and the buckets alone. So any worker co
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby, islice
 from typing import Any, NamedTuple
@@ -190,10 +190,10 @@ def collate(samples: Sequence[Sample]) -> tuple[Batch, list[tuple[int, str]]]:
     return batch, [entry for sample in samples for entry in sample.broken]
 
 
-def batch_of_one(signal: Tensor, draw: Draw | None, grid: Grid, rng: np.random.Generator) -> Batch:
-    """Return one signal [C, *size] with token grid ``grid`` as a batch, with what an objective draws from ``rng``."""
+def batch_of_one(inputs: Mapping[str, Tensor], draw: Draw | None, grid: Grid, rng: np.random.Generator) -> Batch:
+    """Return signals [C, *size] of token grid ``grid`` as a batch of one, with what an objective draws from ``rng``."""
     drawn = {name: torch.from_numpy(np.asarray(value)) for name, value in (draw(rng, grid) if draw else {}).items()}
-    batch = {"signal": signal, "index": torch.tensor(0), "seed": torch.tensor(int(rng.integers(2**63))), **drawn}
+    batch = {**inputs, "index": torch.tensor(0), "seed": torch.tensor(int(rng.integers(2**63))), **drawn}
     return {name: value.unsqueeze(0) for name, value in batch.items()}
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmssl.contracts import Media
 from mmssl.data import fragment
 from mmssl.errors import UserError, nearest, sibling
 
@@ -23,30 +24,6 @@ Columns = dict[str, list[str | None]]
 
 MANIFESTS = (".csv", ".jsonl", ".parquet")
 """Suffixes of a manifest; a folder's own is called ``manifest`` plus one of them."""
-
-
-class Media(Protocol):
-    """Which files belong to a modality: what listing needs to know of it (see ``mmssl.contracts.Modality``)."""
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        ...
-
-    @property
-    def suffixes(self) -> frozenset[str]:
-        """What its files' names end in, lower case, with the dot."""
-        ...
-
-    @property
-    def frame_suffixes(self) -> frozenset[str]:
-        """What the names of pictures end in, a folder of which counts as one file; mostly none."""
-        ...
-
-    @property
-    def timed(self) -> bool:
-        """Whether a file has pieces from one second to another."""
-        ...
 
 
 @dataclass(frozen=True)

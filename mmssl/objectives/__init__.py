@@ -3,5 +3,10 @@
 from mmssl.config import ObjectiveConfig
 from mmssl.objectives.classify import ClassifyConfig
 from mmssl.objectives.mae import MAEConfig
+from mmssl.objectives.siam_mae import SiamMAEConfig
 
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"mae": MAEConfig, "classify": ClassifyConfig}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "mae": MAEConfig,
+    "siam_mae": SiamMAEConfig,
+    "classify": ClassifyConfig,
+}

@@ -74,6 +74,7 @@ class ClassifyConfig(ObjectiveConfig):
 class Classify(nn.Module):
     """Cross-entropy of a head on the encoder; implements ``mmssl.contracts.Classifies``."""
 
+    inputs: tuple[str, ...] = ("signal",)
     weights: Tensor | None
 
     def __init__(

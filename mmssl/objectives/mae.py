@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmssl.config import ObjectiveConfig
 from mmssl.contracts import Batch, Draw, EncoderModule, Reconstruction, Step
-from mmssl.heads.decoder import DecoderConfig, MaskedDecoder
+from mmssl.heads.decoder import DecoderConfig
 from mmssl.losses.reconstruction import patch_mse
 from mmssl.masking import MASKS, Mask, MaskKind, RunningCell, gather
 
@@ -42,7 +42,9 @@ class MAEConfig(ObjectiveConfig):
 class MAE(nn.Module):
     """An encoder that sees the kept patches only, and a decoder that predicts only the dropped ones."""
 
-    def __init__(self, encoder: EncoderModule, decoder: MaskedDecoder, mask: Mask) -> None:
+    inputs: tuple[str, ...] = ("signal",)
+
+    def __init__(self, encoder: EncoderModule, decoder: nn.Module, mask: Mask) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         mask.kept(encoder.tokenizer.grid)  # a grid that cannot be masked is told now, not in a worker

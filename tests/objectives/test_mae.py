@@ -172,7 +172,8 @@ def test_reconstruction_shows_visible_pixels_as_they_are_and_a_perfect_predictio
 ):
     mae = tiny_mae(size=size, target=target)
     batch = draw_batch(mae, torch.randn(2, 3, *size))
-    original, filled, hidden = mae.reconstruct(batch)
+    original, filled, hidden, past = mae.reconstruct(batch)
+    assert past is None
     assert torch.equal(original, batch["signal"])
     assert torch.equal(hidden, pixels_of(mae, batch["signal"], batch["drop"]))
     assert torch.equal(filled[hidden == 0], batch["signal"][hidden == 0])

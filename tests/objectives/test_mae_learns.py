@@ -69,7 +69,7 @@ def error_over_trivial(mae, draw_batch):
     """Return the squared error of the masked pixels of held-out signals over that of the mean of the visible pixels."""
     held_out = smooth_signals(256, torch.Generator().manual_seed(2))
     batch = draw_batch(mae, held_out, seed=STEPS)
-    _, filled, hidden = mae.reconstruct(batch)
+    _, filled, hidden, _ = mae.reconstruct(batch)
     visible = 1 - hidden
     trivial = (held_out * visible).sum((1, 2, 3), keepdim=True) / visible.sum((1, 2, 3), keepdim=True)
     return (((filled - held_out).square() * hidden).sum() / ((trivial - held_out).square() * hidden).sum()).item()

@@ -77,7 +77,9 @@ def test_the_encoder_folder_holds_the_averages_and_the_objective_the_weights(str
     assert torch.equal(module.state_dict()[f"encoder.{name}"], objective[f"encoder.{name}"])
 
 
-@pytest.mark.parametrize(("modality", "workers"), [("image", 0), ("image", 2), ("video", 2), ("audio", 2)])
+@pytest.mark.parametrize(
+    ("modality", "workers"), [("image", 0), ("image", 2), ("video", 2), ("audio", 2), ("pairs", 2)]
+)
 def test_resuming_is_bitwise_the_same_whatever_the_workers(straight, materials, tmp_path, modality, workers):
     recipe, folder, settings = materials[modality]
     uninterrupted, out = straight, tmp_path / "run"

@@ -16,7 +16,7 @@ from mmssl.backbones.inspect import attention_maps, heaviest
 from mmssl.data.listing import list_files
 from mmssl.errors import UnusableData, UserError
 from modalities.encoder import MODALITIES, load
-from tasks.panels import Files, read_signal
+from tasks.panels import Files, read_example, read_signal
 from tasks.panels_neighbours import neighbours_panel
 from tasks.panels_page import draw, write_panel
 from tasks.panels_reconstruction import attempts, reconstruction_panel
@@ -52,9 +52,9 @@ def pictures(block):
 
 def reconstructed(run, files, ratios=(0.75, 0.85, 0.95), seed=0):
     recipe, objective = load_objective(run)
-    signals = [read_signal(recipe, str(file)) for file in files]
+    examples = [read_example(recipe, str(file)) for file in files]
     names = [file.name for file in files]
-    made = attempts(recipe, objective, run, names, signals, ratios, seed)
+    made = attempts(recipe, objective, run, names, examples, ratios, seed)
     return recipe, objective, reconstruction_panel(recipe, made)
 
 
@@ -166,10 +166,11 @@ def test_signals_of_different_sizes_share_a_page(tiny_encoder, run):
     encoder, names = tiny_encoder(), ["square", "wide"]
     recipe, objective = load_objective(run)
     signals = [torch.randn(3, 16, 16), torch.randn(3, 8, 24)]
+    examples = [{"signal": signal} for signal in signals]
     panels = [
         attention_panel(encoder, names, signals, 0.6),
         pca_panel(encoder, names, signals, True)[0],
-        reconstruction_panel(recipe, attempts(recipe, objective, run, names, signals, (0.5,), 0)),
+        reconstruction_panel(recipe, attempts(recipe, objective, run, names, examples, (0.5,), 0)),
     ]
     for panel in panels:
         shapes = [{picture.shape for line in pictures(block) for picture in line} for block in panel.blocks]

@@ -17,7 +17,7 @@ from mmssl.errors import UserError
 from mmssl.run import Run
 from modalities.encoder import MODALITIES, load
 from tasks.build import build_objective, parse_recipe
-from tasks.panels import Block, Line, Panel, Shot, arranged, read_signal
+from tasks.panels import Block, Line, Panel, Shot, arranged, read_example
 from tasks.panels_media import MOST_FRAMES, animate, beside, record, still, strip, view_of
 from tasks.panels_page import draw
 from tasks.panels_reconstruction import attempts, target_note, triplet
@@ -80,8 +80,8 @@ def beep(tmp_path_factory):
 
 def attempted(folder, file, ratios=(0.5,), rates=None):
     recipe, objective = load_objective(folder)
-    signal = read_signal(recipe, str(file))
-    return recipe, attempts(recipe, objective, folder, [file.name], [signal], ratios, 0, rates)
+    example = read_example(recipe, str(file))
+    return recipe, attempts(recipe, objective, folder, [file.name], [example], ratios, 0, rates)
 
 
 def data_of(page, kind):
@@ -354,7 +354,7 @@ def test_a_runs_report_plays_its_files(runs, clip, beep, tmp_path):
     for name, file in (("video", clip), ("audio", beep)):
         recipe, objective = load_objective(runs[name])
         (section,) = reconstructions(recipe, objective, list_files(file, MODALITIES[name]), held_out=True)
-        assert section.note.startswith("Files that were not trained on; MAE saw only what the masked picture shows.")
+        assert section.note.startswith("Files that were not trained on; MAE saw only what the masked pictures show.")
         write_report(tmp_path / "report.html", "t", "s", [section])
         page = (tmp_path / "report.html").read_text()
         if name == "video":

@@ -1,0 +1,85 @@
+"""How often a file is looked at: once per sample, or twice, one look to be predicted from the other."""
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from mmssl.config import Piece
+from mmssl.contracts import Media, Modality
+from modalities.video_read import FOLDER_FPS
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Above0 = Annotated[float, Field(gt=0)]
+
+
+class FramePair(Piece):
+    """Two frames of one video, the later one to be predicted from the earlier (SiamMAE, arXiv:2305.14344, section 3).
+
+    Both are cropped, mirrored and augmented alike.
+    """
+
+    kind: Literal["frames"] = "frames"
+    gap: tuple[Above0, Above0] = (4, 48)
+    """Least and greatest distance; all in between are equally likely, as are all places in the video."""
+    unit: Literal["frames", "seconds"] = "frames"
+    """What the gap is counted in; the paper's 4 to 48 frames are of videos with 30 frames per second."""
+    folder_fps: Above0 = FOLDER_FPS
+    """Frames per second of a folder of pictures."""
+
+    @field_validator("gap")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        return _ordered(value)
+
+    def frames(self, fps: float) -> tuple[int, int]:
+        """Return the gap in frames of a video with so many per second, at least 1."""
+        least, most = (max(1, round(at * fps) if self.unit == "seconds" else round(at)) for at in self.gap)
+        return least, most
+
+
+class CropPair(Piece):
+    """Two crops of one picture, one to be predicted from the other (CropMAE, arXiv:2403.17823, section 3).
+
+    Each is mirrored and augmented by itself.
+    """
+
+    kind: Literal["crops"] = "crops"
+    nested: bool = True
+    """The crop to be predicted lies within the other one; or both are drawn alike, each by itself."""
+    inner_scale: tuple[Share, Share] = (0.3, 0.6)
+    """nested: least and greatest fraction of the outer crop's area in the inner one."""
+
+    @field_validator("inner_scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        return _ordered(value)
+
+
+Pair: TypeAlias = Annotated[FramePair | CropPair, Field(discriminator="kind")]
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"is [least, greatest], but got {list(value)}")
+    return value
+
+
+class OneLook:
+    """What holds for a modality whose files are looked at once per sample."""
+
+    def source(self: Modality, signal: Any) -> Media:
+        """Return the modality itself: it is trained on its own files."""
+        return self
+
+    def inputs(self, signal: Any) -> tuple[str, ...]:
+        """Return ``signal`` alone."""
+        return ("signal",)
+
+    def alone(self, signal: Any) -> Any:
+        """Return the settings as they are."""
+        return signal
+
+    def example(self: Modality, path: str, signal: Any, tokenizer: Any) -> dict[str, Tensor]:
+        """Return a file's evaluation signal, [C, *size] or several views of it; raises BrokenFile."""
+        return {"signal": self.eval_transform(signal, tokenizer)(self.decode(path))}

@@ -24,7 +24,7 @@ from mmssl.contracts import Grid, Media, Size, Views
 from mmssl.data.guard import guarded
 from modalities.augment import Augment
 from modalities.image_read import decode, opened, pixels, to_rgb, upright_size
-from modalities.looks import FramePair, OneLook, Pair
+from modalities.looks import CropPair, Frame, FramePair, Look, OneLook
 from modalities.patches import PatchTokenizer, TargetKind
 from modalities.pixels import Frames, normalised, resized
 from modalities.video_read import VIDEO_FILES
@@ -51,9 +51,10 @@ class ImageSignal(Piece):
     """Training: mirror every other picture left to right."""
     augment: Augment = Augment()
     """Training: what else is done to a crop."""
-    pair: Pair | None = None
-    """Training: two looks at a file instead of one, for objectives that predict one from the other (siam_mae).
-    kind frames: two frames of a video, and videos are what is trained on. kind crops: two crops of a picture."""
+    look: Look | None = None
+    """Training: what a sample is if not a crop of a picture. kind frame: of a frame of a video, and videos are what is
+    trained on. For objectives that predict one look from another (siam_mae), kind frames: of two frames of a video,
+    kind crops: two crops of a picture."""
     draft: bool = True
     """Training: decode a JPEG file at 1/2, 1/4 or 1/8 where even its smallest crop has ``size`` pixels that way.
     Far faster for large photographs; the pixels differ slightly from a full decoding, which evaluation always does."""
@@ -107,8 +108,8 @@ class ImageSignal(Piece):
 
     @model_validator(mode="after")
     def _no_buckets_of_videos(self) -> "ImageSignal":
-        if self.buckets and isinstance(self.pair, FramePair):
-            raise ValueError("buckets are for pictures, not for the frames of videos (pair.kind frames)")
+        if self.buckets and isinstance(self.look, Frame | FramePair):
+            raise ValueError("buckets are for pictures, not for the frames of videos (signal.look)")
         return self
 
     @property
@@ -182,39 +183,39 @@ class Image(OneLook):
             return 0
 
     def source(self, signal: ImageSignal) -> Media:
-        """Return pictures, or videos where pairs of their frames are trained on."""
-        return VIDEO_FILES if isinstance(signal.pair, FramePair) else self
+        """Return pictures, or videos where their frames are trained on."""
+        return VIDEO_FILES if isinstance(signal.look, Frame | FramePair) else self
 
     def inputs(self, signal: ImageSignal) -> tuple[str, ...]:
         """Return ``signal``, and of a pair ``past`` too."""
-        return ("signal",) if signal.pair is None else ("signal", "past")
+        return ("signal", "past") if isinstance(signal.look, FramePair | CropPair) else ("signal",)
 
     def alone(self, signal: ImageSignal) -> ImageSignal:
-        """Return the settings without a pair."""
-        return signal.model_copy(update={"pair": None})
+        """Return the settings of one picture."""
+        return signal.model_copy(update={"look": None})
 
     def views(self, signal: ImageSignal) -> Views:
-        """Return what reads a picture and makes random resized crops and flips of it, or pairs of them or of frames."""
+        """Return what reads a picture, or a video, and makes random resized crops and flips of it."""
         # Only training needs torchvision, whose import takes seconds; the data workers inherit it.
-        if isinstance(signal.pair, FramePair):
-            from modalities.frame_pairs import FramePairViews
+        if isinstance(signal.look, Frame | FramePair):
+            from modalities.frames import FrameViews
 
-            return FramePairViews(signal, signal.pair)
+            return FrameViews(signal, signal.look)
         from modalities.image_views import ImageViews
 
         return ImageViews(signal)
 
     def example(self, path: str, signal: ImageSignal, tokenizer: ImageTokenizer) -> dict[str, Tensor]:
-        """Return a picture's centre crop; of a pair two frames from a video's middle, or a crop and its own middle.
+        """Return a picture's centre crop, or that of a video's middle frame or frames; of two crops the middle of one.
 
         Raises BrokenFile.
         """
-        if isinstance(signal.pair, FramePair):
-            from modalities.frame_pairs import middle_pair
+        if isinstance(signal.look, Frame | FramePair):
+            from modalities.frames import middle
 
-            return middle_pair(path, signal, signal.pair)
+            return middle(path, signal, signal.look)
         found = super().example(path, signal, tokenizer)
-        return found if signal.pair is None else found | {"past": found["signal"], "signal": _inner(found["signal"])}
+        return found if signal.look is None else found | {"past": found["signal"], "signal": _inner(found["signal"])}
 
     def eval_transform(
         self, signal: ImageSignal, tokenizer: ImageTokenizer | None = None

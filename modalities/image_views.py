@@ -43,7 +43,7 @@ class ImageViews:
     @property
     def names(self) -> tuple[str, ...]:
         """What the crops of a sample are called, in the order in which they are drawn."""
-        return ("signal",) if self.signal.pair is None else ("past", "signal")
+        return ("signal",) if self.signal.look is None else ("past", "signal")
 
     def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[dict[str, Tensor]]:
         """Return the crops; each generator gives its crops' boxes, then a flip and an augmentation for each of them."""
@@ -64,20 +64,20 @@ class ImageViews:
         return [dict(zip(self.names, looks[i : i + count], strict=True)) for i in range(0, len(looks), count)]
 
     def _boxes(self, height: int, width: int, rng: np.random.Generator, aspect: float) -> list[Box]:
-        box, pair = crop_box(height, width, self.signal, rng, aspect), self.signal.pair
-        if not isinstance(pair, CropPair):
+        box, look = crop_box(height, width, self.signal, rng, aspect), self.signal.look
+        if not isinstance(look, CropPair):
             return [box]
-        if not pair.nested:
+        if not look.nested:
             return [box, crop_box(height, width, self.signal, rng, aspect)]
         left, top, right, bottom = box
-        inner = self.signal.model_copy(update={"crop_scale": pair.inner_scale})
+        inner = self.signal.model_copy(update={"crop_scale": look.inner_scale})
         x0, y0, x1, y1 = crop_box(round(bottom - top), round(right - left), inner, rng, aspect)
         return [box, (left + x0, top + y0, left + x1, top + y1)]
 
     @property
     def _least(self) -> float:
-        pair = self.signal.pair
-        return pair.inner_scale[0] if isinstance(pair, CropPair) and pair.nested else 1.0
+        look = self.signal.look
+        return look.inner_scale[0] if isinstance(look, CropPair) and look.nested else 1.0
 
     def _finish(self, crop: Tensor, rng: np.random.Generator) -> Tensor:
         if rng.random() < 0.5 and self.signal.flip:

@@ -1,4 +1,4 @@
-"""How often a file is looked at: once per sample, or twice, one look to be predicted from the other."""
+"""What a training sample is made of: one picture, a frame of a video, or two looks of which one is to be predicted."""
 
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -11,6 +11,14 @@ from modalities.video_read import FOLDER_FPS
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Above0 = Annotated[float, Field(gt=0)]
+
+
+class Frame(Piece):
+    """One frame of a video, as if it were a picture; all are equally likely."""
+
+    kind: Literal["frame"] = "frame"
+    folder_fps: Above0 = FOLDER_FPS
+    """Frames per second of a folder of pictures, by which pieces of it are found."""
 
 
 class FramePair(Piece):
@@ -56,7 +64,7 @@ class CropPair(Piece):
         return _ordered(value)
 
 
-Pair: TypeAlias = Annotated[FramePair | CropPair, Field(discriminator="kind")]
+Look: TypeAlias = Annotated[Frame | FramePair | CropPair, Field(discriminator="kind")]
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:

@@ -106,7 +106,7 @@ def build_objective(recipe: Recipe) -> nn.Module:
     if set(objective.inputs) != set(given):
         raise UserError(
             f"objective.name '{recipe.objective.name}' learns from {' and '.join(objective.inputs)}, but modality "
-            f"{recipe.modality} with these settings gives {' and '.join(given)}; see signal.pair of the image recipes"
+            f"{recipe.modality} with these settings gives {' and '.join(given)}; see signal.look of modality image"
         )
     assert isinstance(objective, nn.Module)
     return objective

@@ -112,8 +112,8 @@ TINY_VIDEO = {
 }  # fmt: skip
 TINY_PAIRS = {
     **TINY,
-    "signal.pair.gap": [2, 6],
-    "signal.pair.unit": "frames",
+    "signal.look.gap": [2, 6],
+    "signal.look.unit": "frames",
     "objective.past_mask_ratio": 0.25,
     "data.repeats": 2,
 }

@@ -85,7 +85,7 @@ def test_a_recipe_trains(name, materials, tmp_path):
     given = load_recipe(name)
     files = materials[given.modality].folder
     source = MODALITIES[given.modality].source(given.signal).name
-    pairs = {"signal.pair": {"gap": [2, 4], "unit": "frames"}} if source != given.modality else {}
+    pairs = {"signal.look": {"gap": [2, 4], "unit": "frames"}} if source != given.modality else {}
     settings = SMALL | SMALL_SIGNAL[given.modality] | pairs
     result = pretrain(name, materials[source].folder, tmp_path / "run", settings)
     assert result.steps == 1

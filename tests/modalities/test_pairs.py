@@ -69,7 +69,7 @@ def test_a_short_video_has_shorter_gaps_or_none():
     ],
 )
 def test_a_past_and_a_later_frame_are_read(film, settings, least, most):
-    found = looks(film, range(40), pair={"kind": "frames", **settings}, **WHOLE)
+    found = looks(film, range(40), look={"kind": "frames", **settings}, **WHOLE)
     gaps = [number(view["signal"]) - number(view["past"]) for view in found]
     assert min(gaps) == least
     assert max(gaps) == most
@@ -80,7 +80,7 @@ def test_a_past_and_a_later_frame_are_read(film, settings, least, most):
 def test_both_frames_are_cropped_mirrored_and_augmented_alike(tmp_path):
     still = np.repeat(numbered(1), 8, 0)
     film = write_frames(tmp_path / "still", still)
-    settings = {"pair": {"kind": "frames", "gap": (2, 5)}, "augment": {"jitter": {"brightness": 0.4, "hue": 0.2}}}
+    settings = {"look": {"kind": "frames", "gap": (2, 5)}, "augment": {"jitter": {"brightness": 0.4, "hue": 0.2}}}
     found = looks(film, range(12), (16, 16), **settings)
     for view in found:
         assert torch.equal(view["past"], view["signal"])
@@ -88,23 +88,33 @@ def test_both_frames_are_cropped_mirrored_and_augmented_alike(tmp_path):
 
 
 def test_a_pair_depends_on_its_own_generator_alone(film):
-    together = looks(film, [3, 4], (16, 16), pair={"kind": "frames", "gap": (2, 5)})
-    (alone,) = looks(film, [4], (16, 16), pair={"kind": "frames", "gap": (2, 5)})
+    together = looks(film, [3, 4], (16, 16), look={"kind": "frames", "gap": (2, 5)})
+    (alone,) = looks(film, [4], (16, 16), look={"kind": "frames", "gap": (2, 5)})
     assert all(torch.equal(together[1][name], alone[name]) for name in alone)
 
 
 def test_a_video_without_such_a_pair_is_broken(tmp_path):
     film = write_video(tmp_path / "short.mp4", numbered(4))
     with pytest.raises(BrokenFile, match="too short: 4 of the 5 frames that the closest pair spans"):
-        looks(film, [0], pair={"kind": "frames"})
+        looks(film, [0], look={"kind": "frames"})
     with pytest.raises(BrokenFile, match="too short"):
-        IMAGE.example(str(film), ImageSignal(pair={"kind": "frames"}), None)
+        IMAGE.example(str(film), ImageSignal(look={"kind": "frames"}), None)
 
 
 def test_the_example_is_the_middle_of_the_video(film):
-    signal = ImageSignal(size=(48, 64), resize_ratio=1.0, pair={"kind": "frames", "gap": (4, 8)}, **RAW)
+    signal = ImageSignal(size=(48, 64), resize_ratio=1.0, look={"kind": "frames", "gap": (4, 8)}, **RAW)
     found = IMAGE.example(str(film), signal, None)
     assert (number(found["past"]), number(found["signal"])) == (16, 22)
+
+
+def test_single_frames_come_from_everywhere(film):
+    found = looks(film, range(300), look={"kind": "frame"}, **WHOLE)
+    assert found[0].keys() == {"signal"}
+    assert {number(view["signal"]) for view in found} == set(range(40))
+    example = IMAGE.example(
+        str(film), ImageSignal(size=(48, 64), resize_ratio=1.0, look={"kind": "frame"}, **RAW), None
+    )
+    assert number(example["signal"]) == 20
 
 
 # Crops
@@ -133,7 +143,7 @@ def area(b):
 
 
 def test_the_inner_crop_lies_within_the_outer_one(map_of_places):
-    settings = {"pair": {"kind": "crops", "inner_scale": (0.3, 0.6)}, "crop_scale": (0.3, 0.8)}
+    settings = {"look": {"kind": "crops", "inner_scale": (0.3, 0.6)}, "crop_scale": (0.3, 0.8)}
     mirrored, shares = set(), []
     for view in looks(map_of_places, range(60), (32, 32), **settings):
         outer, inner = box(view["past"]), box(view["signal"])
@@ -149,7 +159,7 @@ def test_the_inner_crop_lies_within_the_outer_one(map_of_places):
 
 
 def test_crops_that_are_not_nested_are_drawn_alike(map_of_places):
-    settings = {"pair": {"kind": "crops", "nested": False}, "crop_scale": (0.2, 0.9)}
+    settings = {"look": {"kind": "crops", "nested": False}, "crop_scale": (0.2, 0.9)}
     found = [(box(view["past"]), box(view["signal"])) for view in looks(map_of_places, range(60), (32, 32), **settings)]
     larger = sum(area(one) > area(other) for one, other in found)
     assert 15 < larger < 45
@@ -158,13 +168,13 @@ def test_crops_that_are_not_nested_are_drawn_alike(map_of_places):
 def test_a_pair_of_crops_depends_on_its_own_generator_alone(tmp_path, map_of_places):
     photo = tmp_path / "photo.jpg"
     PIL.Image.open(map_of_places).resize((1600, 1600)).save(photo, quality=95)
-    settings = {"pair": {"kind": "crops"}}
+    settings = {"look": {"kind": "crops"}}
     together, (alone,) = looks(photo, [3, 4], (16, 16), **settings), looks(photo, [4], (16, 16), **settings)
     assert all(torch.equal(together[1][name], alone[name]) for name in alone)
 
 
 def test_the_example_of_crops_is_the_middle_of_the_middle(map_of_places):
-    found = IMAGE.example(str(map_of_places), ImageSignal(size=(64, 64), pair={"kind": "crops"}, **RAW), None)
+    found = IMAGE.example(str(map_of_places), ImageSignal(size=(64, 64), look={"kind": "crops"}, **RAW), None)
     outer, inner = box(found["past"]), box(found["signal"])
     np.testing.assert_allclose(area(inner) / area(outer), 0.25, atol=0.02)
     assert inner[:2] > outer[:2]
@@ -174,26 +184,28 @@ def test_the_example_of_crops_is_the_middle_of_the_middle(map_of_places):
 
 
 def test_settings_say_what_is_trained_on_and_what_an_encoder_keeps():
-    single, frames, crops = (ImageSignal(pair=pair) for pair in (None, {"kind": "frames"}, {"kind": "crops"}))
-    assert [IMAGE.source(signal).name for signal in (single, frames, crops)] == ["image", "video", "image"]
+    kinds = None, {"kind": "frames"}, {"kind": "crops"}, {"kind": "frame"}
+    single, frames, crops, frame = (ImageSignal(look=look) for look in kinds)
+    assert [IMAGE.source(signal).name for signal in (single, frames, crops, frame)] == ["image", "video"] * 2
     assert [IMAGE.inputs(signal) for signal in (single, frames)] == [("signal",), ("signal", "past")]
+    assert [IMAGE.inputs(signal) for signal in (frame, crops)] == [("signal",), ("signal", "past")]
     assert IMAGE.alone(frames) == IMAGE.alone(crops) == single
-    for signal in (single, frames, crops):
+    for signal in (single, frames, crops, frame):
         pickle.loads(pickle.dumps(IMAGE.views(signal)))
 
 
 @pytest.mark.parametrize(
     ("recipe", "settings", "sentence"),
     [
-        ("siam-mae-tiny", {"signal.pair.gab": 3}, "'signal.pair.gab' is not a key; did you mean 'signal.pair.gap'?"),
-        ("siam-mae-tiny", {"signal.pair.gap": [8, 2]}, "signal.pair.gap: is [least, greatest], but got [8.0, 2.0]"),
-        ("siam-mae-tiny", {"signal.pair.kind": "frame"}, "signal.pair.kind: 'frame' is not valid; did you mean 'frames'?"),
-        ("siam-mae-tiny", {"signal.pair.unit": "second"}, "pair.unit: 'second' is not valid; did you mean 'seconds'?"),
-        ("image-mae-tiny", {"signal.pair.gap": [1, 2]}, "'signal.pair.kind' is missing"),
+        ("siam-mae-tiny", {"signal.look.gab": 3}, "'signal.look.gab' is not a key; did you mean 'signal.look.gap'?"),
+        ("siam-mae-tiny", {"signal.look.gap": [8, 2]}, "signal.look.gap: is [least, greatest], but got [8.0, 2.0]"),
+        ("siam-mae-tiny", {"signal.look.kind": "cropz"}, "look.kind: 'cropz' is not valid; did you mean 'crops'?"),
+        ("siam-mae-tiny", {"signal.look.unit": "second"}, "look.unit: 'second' is not valid; did you mean 'seconds'?"),
+        ("image-mae-tiny", {"signal.look.gap": [1, 2]}, "'signal.look.kind' is missing"),
         ("siam-mae-tiny", {"signal.buckets": [[96, 48]]}, "buckets are for pictures"),
         ("siam-mae-tiny", {"objective.decoder.attention": "cross-self"}, "did you mean 'cross_self'?"),
-        ("crop-mae-tiny", {"signal.pair.inner_scale": [0.3, 2]}, "signal.pair.inner_scale"),
-        ("crop-mae-tiny", {"signal.pair.gap": [1, 2]}, "'signal.pair.gap' is not a key"),
+        ("crop-mae-tiny", {"signal.look.inner_scale": [0.3, 2]}, "signal.look.inner_scale"),
+        ("crop-mae-tiny", {"signal.look.gap": [1, 2]}, "'signal.look.gap' is not a key"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_pair_are_named(recipe, settings, sentence):
@@ -204,6 +216,6 @@ def test_mistakes_in_a_pair_are_named(recipe, settings, sentence):
 
 def test_objectives_and_looks_must_fit_together():
     with pytest.raises(UserError, match=r"'siam_mae' learns from signal and past, but modality image .* gives signal;"):
-        build_objective(load_recipe("siam-mae-tiny", {"signal.pair": None}))
+        build_objective(load_recipe("siam-mae-tiny", {"signal.look": None}))
     with pytest.raises(UserError, match=r"'mae' learns from signal, but modality image .* gives signal and past"):
-        build_objective(load_recipe("image-mae-tiny", {"signal.pair": {"kind": "crops"}}))
+        build_objective(load_recipe("image-mae-tiny", {"signal.look": {"kind": "crops"}}))

@@ -219,5 +219,5 @@ def test_weights_go_both_ways_between_image_mae_and_siam_mae(tmp_path, materials
     assert {name for name in back.state_dict() if name.startswith("encoder.")} - set(taken.copied) == {
         "encoder.cls_token"
     }
-    assert load(siam.run).preprocess["pair"] is None
+    assert load(siam.run).preprocess["look"] is None
     assert load(siam.run).embed(load(siam.run).files(materials["image"].folder / "test").paths).isfinite().all()

@@ -200,7 +200,11 @@ def show(
         str | None, typer.Option(help="reconstruction, attention, pca, tsne or neighbours; what suits the source.")
     ] = None,
     ratios: Annotated[str | None, typer.Option(help="reconstruction: mask ratios. [0.75,0.85,0.95]")] = None,
+    gaps: Annotated[str | None, typer.Option(help="reconstruction of pairs: how far apart the frames are.")] = None,
     mass: Annotated[float | None, typer.Option(help="attention: the share that marked patches hold. [0.6]")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="attention: PNGs of what is to be found, named as the files: Jaccard index.")
+    ] = None,
     foreground: Annotated[bool | None, typer.Option("--foreground", help="pca: without the background.")] = None,
     color_by: Annotated[str | None, typer.Option(help="tsne: label or split. [label]")] = None,
     most: Annotated[int | None, typer.Option(help="tsne: vectors drawn at most. [5000]")] = None,
@@ -216,11 +220,15 @@ def show(
     from tasks.show import ShowOptions
     from tasks.show import show as run
 
-    try:
-        shares = None if ratios is None else [float(ratio) for ratio in ratios.split(",")]
-    except ValueError:
-        raise UserError(f"--ratios {ratios}: give numbers separated by commas, such as 0.75,0.95") from None
-    asked = {"ratios": shares, "mass": mass, "foreground": foreground, "color_by": color_by, "most": most, "data": data,
-             "k": k, "skip_broken": skip_broken, "seed": seed}  # fmt: skip
+    asked = {"ratios": _numbers("ratios", ratios, "0.75,0.95"), "gaps": _numbers("gaps", gaps, "4,16"), "mass": mass,
+             "masks": masks, "foreground": foreground, "color_by": color_by, "most": most, "data": data, "k": k,
+             "skip_broken": skip_broken, "seed": seed}  # fmt: skip
     options = cast(ShowOptions, {name: value for name, value in asked.items() if value is not None})
     emit(run(source, files or (), out=out, panel=panel, **options), as_json)
+
+
+def _numbers(option: str, text: str | None, such_as: str) -> list[float] | None:
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{option} {text}: give numbers separated by commas, such as {such_as}") from None

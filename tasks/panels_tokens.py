@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from torch import Tensor
 
-from mmssl.backbones.inspect import attention_maps, heaviest, inputs_of
+from mmssl.backbones.inspect import attention_maps, heaviest, inputs_of, jaccard
 from mmssl.backbones.vit import ViT
 from mmssl.contracts import Grid
 from mmssl.errors import UnusableData, UserError
@@ -48,27 +49,48 @@ def attention_to_patches(encoder: Encoder, signal: Tensor) -> tuple[Tensor, Grid
     return looks[:, encoder.num_prefix :].cpu(), grid
 
 
-def attention_panel(encoder: Encoder, names: Sequence[str], signals: Sequence[Tensor], mass: float) -> Panel:
-    """Return each head's attention and the patches that hold the share ``mass`` of it, one block per signal."""
+def attention_panel(
+    encoder: Encoder, names: Sequence[str], signals: Sequence[Tensor], mass: float, truths: Sequence[Bools] = ()
+) -> tuple[Panel, dict[str, Any]]:
+    """Return each head's attention and the patches that hold the share ``mass`` of it, one block per signal, and facts.
+
+    ``truths``, if given, are what is to be found in each signal's picture, bool [h, w]: every head's patches are then
+    measured by their Jaccard index with it, pixel by pixel, as DINO's attention was (arXiv:2104.14294, table 5 and
+    appendix).
+    """
     whose = "the class token" if encoder.num_prefix else "all tokens on average (there is no class token)"
     share = f"{100 * mass:g} %"
-    blocks = []
-    for name, signal in zip(names, signals, strict=True):
+    blocks, indices = [], []
+    for i, (name, signal) in enumerate(zip(names, signals, strict=True)):
         weights = _finite(attention_to_patches(encoder, signal)[0], name)
         view = view_of(encoder, signal)
         heat: list[Shot | None] = [Shot("input", view.shown())]
-        kept: list[Shot | None] = [None]  # once is enough
+        kept: list[Shot | None] = [Shot("mask", view.shown(_lit(view, truths[i])))] if truths else [None]
+        found = []
         for head, (row, mask) in enumerate(zip(weights, heaviest(weights, mass), strict=True), start=1):
             heat.append(Shot(f"head {head}", view.shown(_heat(view, row.numpy()))))
-            lit = np.where(view.spread(mask.numpy())[..., None], view.picture, view.picture // 5)
-            kept.append(Shot(f"{int(mask.sum())} of {len(mask)}", view.shown(lit)))
+            where = view.spread(mask.numpy())
+            words = f"{int(mask.sum())} of {len(mask)}"
+            if truths:
+                found.append(float(jaccard(torch.from_numpy(where.ravel()), torch.from_numpy(truths[i].ravel()))))
+                words += f"\nJaccard {found[-1]:.2f}"
+            kept.append(Shot(words, view.shown(_lit(view, where))))
+        indices.append(found)
         lines = [Line("attention", heat), Line(f"patches with {share} of it", kept)]
         blocks.append(Block(name, lines))
     note = (
         f"Attention of {whose}. Each map goes from 0 (dark) to its head's largest weight (bright). With it, lit, the "
         f"fewest patches that together hold {share} of the head's attention to patches."
     )
-    return Panel("Attention of the last block, by head", note, arranged(blocks))
+    facts: dict[str, Any] = {"mass": mass}
+    if truths:
+        facts |= {"jaccard": dict(zip(names, indices, strict=True)), "best": float(np.mean([*map(max, indices)]))}
+        note += f" The Jaccard index of a picture's best head with its mask is {facts['best']:.3f} on average."
+    return Panel("Attention of the last block, by head", note, arranged(blocks)), facts
+
+
+def _lit(view: View, where: Bools) -> Picture:
+    return np.where(where[..., None], view.picture, view.picture // 5)
 
 
 def _heat(view: View, weights: np.ndarray[Any, Any]) -> Picture:

@@ -16,9 +16,11 @@ from mmssl.contracts import Media, Modality, Moves, Reconstructs, Sounds
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError, nearest, sibling
 from mmssl.files import replacing_file
-from modalities.encoder import MODALITIES, encoder_folder, load
+from modalities.encoder import MODALITIES, EncoderConfig, encoder_folder, load
+from modalities.looks import FramePair
 from tasks.build import Recipe
 from tasks.panels import Files, Panel, legible, read_example, read_rate, read_signal
+from tasks.panels_masks import read_masks
 from tasks.panels_media import animate
 from tasks.panels_neighbours import neighbours_panel
 from tasks.panels_page import write_panel
@@ -53,8 +55,12 @@ class ShowOptions(TypedDict, total=False):
 
     ratios: Sequence[float]
     """reconstruction: which shares of the tokens are masked; of a .wav, one (by default that of the training)."""
+    gaps: Sequence[float]
+    """reconstruction, of a run trained on pairs of frames: how far apart they are, in the unit of its training."""
     mass: float
     """attention: the share of a head's attention that the marked patches hold."""
+    masks: Path | str
+    """attention: what is to be found, a PNG or a folder of PNGs named as the files; everything but 0 counts."""
     foreground: bool
     """pca: leave out the background, found by the first component, and start again without it."""
     color_by: str
@@ -73,7 +79,9 @@ class ShowOptions(TypedDict, total=False):
 
 USED_BY: dict[str, tuple[Name, ...]] = {
     "ratios": ("reconstruction",),
+    "gaps": ("reconstruction",),
     "mass": ("attention",),
+    "masks": ("attention",),
     "foreground": ("pca",),
     "color_by": ("tsne",),
     "most": ("tsne",),
@@ -158,8 +166,8 @@ def _of_encoder(
         k, skip = options.get("k", 8), options.get("skip_broken", False)
         drawn, facts = neighbours_panel(encoder, found, signals, folder, k, skip)
     elif panel == "attention":
-        facts = {"mass": options.get("mass", 0.6)}
-        drawn = attention_panel(encoder, found.names, signals, facts["mass"])
+        truths = read_masks(encoder, found, Path(options["masks"])) if "masks" in options else []
+        drawn, facts = attention_panel(encoder, found.names, signals, options.get("mass", 0.6), truths)
     else:
         drawn, facts = pca_panel(encoder, found.names, signals, options.get("foreground", False))
     return found, replace(drawn, note=drawn.note + _views_note(signals, encoder.axes)), facts
@@ -175,12 +183,29 @@ def _reconstruction(source: Path, run: Run, files: Sequence[Path | str], out: Pa
     if suffix == ".wav" and len(ratios) > 1:
         raise UserError(f"{out} holds one sound, but {len(ratios)} --ratios were given; give one, or an .html page")
     found = _files(files, kind.source(recipe.signal), out)
-    examples = [read_example(recipe, path) for path in found.paths]
-    rates = None if suffix == ".png" else [read_rate(recipe, path) for path in found.paths]
-    made = attempts(recipe, objective, source, found.names, examples, ratios, seed, rates)
+    shown = _configured(found, recipe, options.get("gaps"))
+    names, examples = [name for _, name, _ in shown], [read_example(config, path) for path, _, config in shown]
+    rates = None if suffix == ".png" else [read_rate(recipe, path) for path, _, _ in shown]
+    made = attempts(recipe, objective, source, names, examples, ratios, seed, rates)
     axes = len(next(iter(objective.encoders().values())).tokenizer.size)
     note = _write(out, recipe, made, _views_note([example["signal"] for example in examples], axes))
     return ShowResult(out, "reconstruction", found.paths, note, {"ratios": list(ratios), "seed": seed})
+
+
+def _configured(found: Files, recipe: Recipe, gaps: Sequence[float] | None) -> list[tuple[str, str, EncoderConfig]]:
+    """Return each file, what it is called and the configuration by which it is read; with ``gaps`` once for each."""
+    if gaps is None:
+        return [(path, name, recipe) for path, name in zip(*found, strict=True)]
+    look = getattr(recipe.signal, "look", None)
+    if not isinstance(look, FramePair):
+        raise UserError("--gaps are for runs that were trained on pairs of frames")
+    shown: list[tuple[str, str, EncoderConfig]] = []
+    for path, name in zip(*found, strict=True):
+        for gap in gaps:
+            signal = recipe.signal.model_copy(update={"look": look.model_copy(update={"gap": (gap, gap)})})
+            words = f"{name}, {gap:g} {look.unit} apart"
+            shown.append((path, words, recipe.model_copy(update={"signal": signal})))
+    return shown
 
 
 def _write(out: Path, recipe: Recipe, made: Sequence[Attempts], more: str) -> str:
@@ -283,6 +308,8 @@ def _check_options(panel: Name, options: ShowOptions) -> None:
     ratios, mass = options.get("ratios", RATIOS), options.get("mass", 0.6)
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise UserError(f"--ratios are shares between 0 and 1, such as 0.75,0.95, but got {','.join(map(str, ratios))}")
+    if not all(gap > 0 for gap in options.get("gaps", ())):
+        raise UserError(f"--gaps are above 0, such as 4,16, but got {','.join(map(str, options['gaps']))}")
     if not 0 < mass < 1:
         raise UserError(f"--mass is a share between 0 and 1, but got {mass}")
     for name, count in (("k", options.get("k", 1)), ("most", options.get("most", 4))):

@@ -20,7 +20,7 @@ from tasks.panels import Files, read_example, read_signal
 from tasks.panels_neighbours import neighbours_panel
 from tasks.panels_page import draw, write_panel
 from tasks.panels_reconstruction import attempts, reconstruction_panel
-from tasks.panels_tokens import attention_panel, component_colours, pca_panel, principal, split
+from tasks.panels_tokens import attention_panel, attention_to_patches, component_colours, pca_panel, principal, split
 from tasks.pretrain import pretrain
 from tasks.show import PANELS, show
 from tasks.writer import load_objective
@@ -100,7 +100,8 @@ def test_masks_follow_from_the_seed_and_the_ratio_reaches_the_objectives_own_mas
 def test_attention_shows_the_last_blocks_weights(tiny_encoder, files, cls_token):
     encoder = tiny_encoder(cls_token=cls_token)
     signals = signals_of(encoder, files)
-    panel = attention_panel(encoder, [f.name for f in files], signals, 0.6)
+    panel, facts = attention_panel(encoder, [f.name for f in files], signals, 0.6)
+    assert facts == {"mass": 0.6}
     assert panel.note.startswith(f"Attention of {'the class token.' if cls_token else 'all tokens on average'}")
     for signal, block in zip(signals, panel.blocks, strict=True):
         tokens = encoder.tokenizer.embed(encoder.tokenizer.cut(signal[None]))
@@ -121,7 +122,7 @@ def test_attention_shows_the_last_blocks_weights(tiny_encoder, files, cls_token)
 
 def test_attention_is_one_entry_per_file_of_a_page(tiny_encoder, files, tmp_path):
     encoder = tiny_encoder()
-    panel = attention_panel(encoder, ["one", "two"], signals_of(encoder, files[:2]), 0.6)
+    panel, _ = attention_panel(encoder, ["one", "two"], signals_of(encoder, files[:2]), 0.6)
     write_panel(tmp_path / "x.html", panel)
     page = (tmp_path / "x.html").read_text()
     assert page.count("<section") == 2
@@ -162,13 +163,39 @@ def test_permuting_files_permutes_panels(tiny_encoder, files, foreground):
     assert not np.array_equal(pictures(alone.blocks[0]), pictures(panel.blocks[0]))  # one basis for all
 
 
+def test_attention_is_measured_against_masks(tmp_path, tiny_encoder, files):
+    encoder = tiny_encoder()
+    encoder.save(tmp_path / "encoder")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for i, file in enumerate(files[:2]):
+        width, height = Image.open(file).size
+        marked = np.zeros((height, width), np.uint8)
+        marked[:, : width // 2 if i == 0 else width] = 1 + i  # any number counts
+        Image.fromarray(marked).save(masks / f"{file.stem}.png")
+    result = show(tmp_path / "encoder", files[:2], out=tmp_path / "out.png", panel="attention", masks=masks)
+    found = list(result.facts["jaccard"].values())
+    whole = heaviest(attention_to_patches(encoder, signals_of(encoder, files[1:2])[0])[0], 0.6).float().mean(-1)
+    np.testing.assert_allclose(found[1], whole, atol=1e-6)  # all is marked: the share that is lit
+    assert result.facts["best"] == pytest.approx(np.mean([max(row) for row in found]))
+    assert 0 < min(found[0]) < max(found[0]) < 1
+    assert f"{result.facts['best']:.3f} on average" in result.note
+    (masks / f"{files[1].stem}.png").rename(masks / "another.png")
+    with pytest.raises(UserError, match=f"holds no {files[1].stem}.png for"):
+        show(tmp_path / "encoder", files[:2], out=tmp_path / "out.png", panel="attention", masks=masks)
+    with pytest.raises(UserError, match="is one mask, but 2 files are shown"):
+        show(tmp_path / "encoder", files[:2], out=tmp_path / "o.png", panel="attention", masks=masks / "another.png")
+    with pytest.raises(UserError, match="--masks is for the panel attention, not for pca"):
+        show(tmp_path / "encoder", files[:2], out=tmp_path / "out.png", panel="pca", masks=masks)
+
+
 def test_signals_of_different_sizes_share_a_page(tiny_encoder, run):
     encoder, names = tiny_encoder(), ["square", "wide"]
     recipe, objective = load_objective(run)
     signals = [torch.randn(3, 16, 16), torch.randn(3, 8, 24)]
     examples = [{"signal": signal} for signal in signals]
     panels = [
-        attention_panel(encoder, names, signals, 0.6),
+        attention_panel(encoder, names, signals, 0.6)[0],
         pca_panel(encoder, names, signals, True)[0],
         reconstruction_panel(recipe, attempts(recipe, objective, run, names, examples, (0.5,), 0)),
     ]

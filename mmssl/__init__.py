@@ -7,6 +7,7 @@ The public API of all three packages, imported when it is first used:
   several seeds.
 - ``Classifier(path)``: what fine-tuning leaves behind, files in and class names out; ``predict`` does whole folders.
 - ``knn``, ``linear_probe``, ``probe`` (by protocol), ``embed``: frozen evaluation; ``list_files`` makes the listings.
+- ``propagate``: masks, keypoints and parts of a first frame, followed through videos and scored.
 - ``show``: pictures of what was learned.
 - ``MmsslError`` and its kinds: what can go wrong, in a sentence.
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tasks.predict import predict
     from tasks.pretrain import pretrain
     from tasks.probe_protocols import probe
+    from tasks.propagate import propagate
     from tasks.show import show
 
 _HOME = {
@@ -48,6 +50,7 @@ _HOME = {
     "predict": "tasks.predict",
     "pretrain": "tasks.pretrain",
     "probe": "tasks.probe_protocols",
+    "propagate": "tasks.propagate",
     "show": "tasks.show",
 }
 
@@ -69,6 +72,7 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "propagate",
     "show",
 ]
 

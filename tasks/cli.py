@@ -16,6 +16,7 @@ from mmssl.errors import MmsslError, UserError, is_out_of_memory
 from tasks import cli_measure as measure
 from tasks.build import load_recipe, recipe_names, recipe_path
 from tasks.cli_options import DeepSpeedConfig, Json, LocalRank, Overrides, Resume, SkipBroken, emit
+from tasks.cli_propagate import propagate
 
 app = typer.Typer(
     name="mmssl",
@@ -109,6 +110,7 @@ def pretrain(
 for command in (measure.finetune, measure.predict, measure.knn, measure.embed, measure.show):
     app.command()(command)
 app.command(name="linear-probe")(measure.linear_probe)
+app.command()(propagate)
 
 
 @data_app.command()

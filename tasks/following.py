@@ -1,0 +1,149 @@
+"""Following what is marked in a film's first frame by the features of an encoder, whatever the marks are."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeAlias, TypedDict, cast
+
+import torch
+from torch import Tensor
+
+from mmssl.contracts import SeesFrames
+from mmssl.errors import UserError, nearest
+from mmssl.propagation import Propagator
+from modalities.encoder import Encoder
+from modalities.pixels import Frames, FrameSize
+
+Layer: TypeAlias = int | Literal["patches"]
+
+AT_ONCE = 4
+"""Frames that go through an encoder together: few, as what every block puts out is in memory."""
+
+
+class FollowOptions(TypedDict, total=False):
+    """The options of following, as ``Settings`` has them."""
+
+    layer: Layer | None
+    short_side: int | None
+    context: int
+    radius: int
+    topk: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How labels are propagated; the defaults are those of DINO's evaluation on DAVIS."""
+
+    layer: Layer | None = None
+    """The block whose output is compared, from 1, or from -1 for the last; "patches" are the pixels themselves."""
+    short_side: int | None = None
+    """Pixels of the frames' shorter side as the encoder sees them; None for their own."""
+    context: int = 7
+    """Frames before the present one that are compared with it, besides the first."""
+    radius: int = 12
+    """How far away a similar token may be, in tokens; 0 means anywhere."""
+    topk: int = 5
+    """How many of the most similar tokens of all these frames count."""
+    temperature: float = 0.1
+    """Of the softmax that weighs them."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        what = "pixels of the patches" if self.layer == "patches" else f"features of block {self.layer}"
+        side = "in their own size" if self.short_side is None else f"with a shorter side of {self.short_side} pixels"
+        where = f"within {self.radius} tokens" if self.radius else "anywhere"
+        return (
+            f"{what}, frames {side}; the {self.topk} most similar tokens {where} in the first and the last "
+            f"{self.context} frames, at temperature {self.temperature:g}"
+        )
+
+
+def checked(encoder: Encoder, options: FollowOptions) -> Settings:
+    """Return the settings, the layer counted from 1; raises UserError for what is not possible with this encoder."""
+    settings = Settings(**options)
+    if not isinstance(encoder.kind, SeesFrames):
+        raise UserError(
+            f"propagate follows what is seen in frames, but this encoder is of modality {encoder.modality}; "
+            "give one of images or of videos"
+        )
+    for name, least in (("context", 0), ("radius", 0), ("topk", 1), ("short_side", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, but got {value}")
+    if not 0 < settings.temperature < math.inf:
+        raise UserError(f"--temperature must be above 0, but got {settings.temperature:g}")
+    return replace(settings, layer=_block(encoder, settings.layer))
+
+
+def parse_layer(text: str | None) -> Layer | None:
+    """Return the layer that a person typed; UserError for what is neither a number nor "patches"."""
+    if text is None or text == "patches":
+        return cast(Layer | None, text)
+    try:
+        return int(text)
+    except ValueError:
+        hint = nearest(text, ["patches"])
+        raise UserError(f"--layer {text}: give the number of a block, from 1, or patches{hint}") from None
+
+
+def _block(encoder: Encoder, layer: Layer | None) -> Layer:
+    if layer == "patches":
+        return layer
+    depth = encoder.config.model.backbone.depth
+    wanted = depth if layer is None else layer + depth + 1 if layer < 0 else layer
+    if not 1 <= wanted <= depth:
+        raise UserError(
+            f"--layer {layer}: this encoder has {depth} blocks; give 1 to {depth}, -1 for the last, or patches"
+        )
+    return wanted
+
+
+def fresh(encoder: Encoder, seed: int) -> Encoder:
+    """Return an encoder of the same shape and on the same device with random weights, those of ``seed``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Encoder(encoder.config).to(encoder.device).eval()
+
+
+class Follower:
+    """Carries soft labels [N, C] of a film's first frame on to the frames that follow, N tokens of ``grid`` each."""
+
+    def __init__(self, encoder: Encoder, settings: Settings, frame: FrameSize) -> None:
+        self.encoder, self.layer = encoder.eval(), settings.layer
+        patch = encoder.tokenizer.patch_size[-2:]
+        self.size = fitting(frame, settings.short_side, (patch[0], patch[1]))
+        self.grid = self.size[0] // patch[0], self.size[1] // patch[1]
+        self._propagator = Propagator(self.grid, settings.context, settings.radius, settings.topk, settings.temperature)
+
+    def start(self, frame: Frames, labels: Tensor) -> None:
+        """Begin with the first frame, uint8 [1, H, W, 3], and its labels."""
+        self._propagator.start(self.features(frame)[0], labels.to(self.encoder.device))
+
+    def follow(self, frames: Frames) -> Iterator[Tensor]:
+        """Yield the labels of the next frames, uint8 [n, H, W, 3], one after the other."""
+        for first in range(0, len(frames), AT_ONCE):
+            for features in self.features(frames[first : first + AT_ONCE]):
+                yield self._propagator.step(features)
+
+    @torch.no_grad()
+    def features(self, frames: Frames) -> Tensor:
+        """Return what is compared, float32 [n, N, D], of frames uint8 [n, H, W, 3]."""
+        encoder = self.encoder
+        kind, config = encoder.kind, encoder.config
+        assert isinstance(kind, SeesFrames)
+        signal = kind.stills(frames, self.size, config.signal, config.model.tokenizer).to(encoder.device)
+        if self.layer == "patches":
+            return encoder.tokenizer.patches({"signal": signal})
+        assert self.layer is not None
+        return encoder.layers({"signal": signal})[self.layer - 1][:, encoder.num_prefix :]
+
+
+def fitting(frame: FrameSize, short_side: int | None, patch: tuple[int, int]) -> FrameSize:
+    """Return the size that patches divide next to a frame's, scaled to that shorter side: at least one patch."""
+    scale = 1.0 if short_side is None else short_side / min(frame)
+    height, width = (max(1, round(side * scale / p)) * p for side, p in zip(frame, patch, strict=True))
+    return height, width

@@ -39,6 +39,11 @@ class ObjectiveConfig(Piece, ABC):
     name: str
 
     @property
+    def title(self) -> str:
+        """What people call it."""
+        return self.name.upper()
+
+    @property
     def micro_batch_multiple(self) -> int:
         """What the number of samples in a micro-batch must be a multiple of."""
         return 1

@@ -74,6 +74,10 @@ class Tokenizer(Protocol):
         """Return which tokens hold padding, bool [B, N]: nobody attends to them, scores or pools them. None: none."""
         ...
 
+    def learned_on(self, grid: Grid) -> None:
+        """Take the positions of another grid, from which those of its own are interpolated as any other's."""
+        ...
+
     def grid_of(self, size: Size) -> Grid:
         """Return the grid of signals [B, C, *size]; raises ValueError where patches do not fit."""
         ...

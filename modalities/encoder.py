@@ -339,6 +339,10 @@ def load(path: str | Path, signal: Mapping[str, Any] | None = None) -> Encoder:
     )
     try:
         encoder = Encoder(config)
+        # Signals of another size have the positions that the encoder's own size makes of them.
+        encoder.tokenizer.learned_on(tuple(stored["grid"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}/config.json: its token grid cannot be read ({error})") from None
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
     try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +13,7 @@ from mmssl.data.isolate import isolated
 from modalities.image import ImageSignal
 from modalities.looks import Frame, FramePair
 from modalities.pixels import Frames, resized
-from modalities.video import VideoSignal, as_signals, corners, covering
+from modalities.video import Video, VideoSignal, as_signals, corners, covering
 from modalities.video_read import Reader, open_video
 from modalities.video_sampling import Indices, TooShort, pair, tsn
 from modalities.video_views import VideoViews
@@ -57,6 +58,11 @@ def middle(path: str, signal: ImageSignal, look: Frame | FramePair) -> dict[str,
     """Return a sample from a video's middle, its centre crops float32 [3, h, w]; raises BrokenFile."""
     video = _as_video(signal, look)
     return _split(as_signals(isolated(_Middle(video, Moments(look)), path, timeout=None), video))
+
+
+def moments(path: str, signal: ImageSignal, look: Frame | FramePair) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return what ``Video.moments`` does; raises BrokenFile."""
+    return Video().moments(path, _as_video(signal, look))
 
 
 def _as_video(signal: ImageSignal, look: Frame | FramePair) -> VideoSignal:

@@ -166,6 +166,10 @@ class Image(OneLook):
 
     def moments(self, path: str, signal: ImageSignal) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return count, sum and sum of squares of the red, green and blue values, on a scale of 0 to 1: [3, 3]."""
+        if isinstance(signal.look, Frame | FramePair):
+            from modalities.frames import moments
+
+            return moments(path, signal, signal.look)
         values = np.asarray(self.decode(path), np.float64).reshape(-1, 3) / 255
         return np.stack([np.full(3, len(values)), values.sum(0), np.square(values).sum(0)], axis=1)
 

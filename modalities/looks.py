@@ -1,6 +1,6 @@
 """What a training sample is made of: one picture, a frame of a video, or two looks of which one is to be predicted."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -27,6 +27,8 @@ class FramePair(Piece):
     Both are cropped, mirrored and augmented alike.
     """
 
+    past: ClassVar[str] = "past"
+    """What the look that is predicted from is called where both are shown."""
     kind: Literal["frames"] = "frames"
     gap: tuple[Above0, Above0] = (4, 48)
     """Least and greatest distance; all in between are equally likely, as are all places in the video."""
@@ -52,6 +54,7 @@ class CropPair(Piece):
     Each is mirrored and augmented by itself.
     """
 
+    past: ClassVar[str] = "other crop"
     kind: Literal["crops"] = "crops"
     nested: bool = True
     """The crop to be predicted lies within the other one; or both are drawn alike, each by itself."""

@@ -56,6 +56,11 @@ class PatchTokenizer(nn.Module):
         self.positions = Positions(self.grid, dim, positions, extend)
         init_linear(self.proj)
 
+    def learned_on(self, grid: Grid) -> None:
+        """Take the positions of another grid, from which those of its own are interpolated as any other's."""
+        if grid != self.positions.grid:
+            self.positions = Positions(grid, self.dim, self.positions.kind, self.extend)
+
     def grid_of(self, size: Size) -> Grid:
         """Return the grid of signals [B, C, *size]; raises ValueError where patches do not fit."""
         return patch_grid(size, self.patch_size)
@@ -86,7 +91,7 @@ class PatchTokenizer(nn.Module):
 
     def embed(self, patches: Tensor, index: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """Embed the patches [B, N, P] at ``index`` [B, K], and only those, with their positions: [B, K, D]."""
-        positions = self.positions(grid)
+        positions = self.positions(self.grid if grid is None else grid)
         if index is None:
             return self.proj(patches) + positions  # type: ignore[no-any-return]
         return self.proj(gather(patches, index)) + gather(positions, index)  # type: ignore[no-any-return]

@@ -58,15 +58,16 @@ def dense_test(
 
 
 def pair(frames: int, least: int, most: int, rng: np.random.Generator | None = None) -> Indices:
-    """Return two frames [2] from ``least`` to ``most`` apart, the earlier first; without generator the middle ones.
+    """Return two frames [2] from ``least`` to ``most`` apart, the earlier first.
 
-    A gap that a short video does not have is never drawn; raises TooShort where it has none at all.
+    A gap that a short video does not have is never drawn. Without generator it is the middle one, and the later frame
+    lies at two thirds of the video, the same one for every gap that allows it. Raises TooShort where there is no gap.
     """
     if frames <= least:
-        raise TooShort(f"too short: {frames} of the {least + 1} frames that the closest pair spans")
+        raise TooShort(f"too short: {frames} of the {least + 1} frames that the closest pair spans (signal.look.gap)")
     most = min(most, frames - 1)
     gap = (least + most) // 2 if rng is None else int(rng.integers(least, most + 1))
-    first = (frames - 1 - gap) // 2 if rng is None else int(rng.integers(frames - gap))
+    first = max(0, 2 * (frames - 1) // 3 - gap) if rng is None else int(rng.integers(frames - gap))
     return np.array([first, first + gap], dtype=np.int64)
 
 

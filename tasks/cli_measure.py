@@ -200,8 +200,12 @@ def show(
         str | None, typer.Option(help="reconstruction, attention, pca, tsne or neighbours; what suits the source.")
     ] = None,
     ratios: Annotated[str | None, typer.Option(help="reconstruction: mask ratios. [0.75,0.85,0.95]")] = None,
-    gaps: Annotated[str | None, typer.Option(help="reconstruction of pairs: how far apart the frames are.")] = None,
+    gaps: Annotated[
+        str | None,
+        typer.Option(help="reconstruction of pairs of frames: how far apart, in the unit of their training."),
+    ] = None,
     mass: Annotated[float | None, typer.Option(help="attention: the share that marked patches hold. [0.6]")] = None,
+    signal: Signal = None,
     masks: Annotated[
         Path | None, typer.Option(help="attention: PNGs of what is to be found, named as the files: Jaccard index.")
     ] = None,
@@ -221,8 +225,9 @@ def show(
     from tasks.show import show as run
 
     asked = {"ratios": _numbers("ratios", ratios, "0.75,0.95"), "gaps": _numbers("gaps", gaps, "4,16"), "mass": mass,
-             "masks": masks, "foreground": foreground, "color_by": color_by, "most": most, "data": data, "k": k,
-             "skip_broken": skip_broken, "seed": seed}  # fmt: skip
+             "signal": parse_assignments(signal) if signal else None, "masks": masks, "foreground": foreground,
+             "color_by": color_by, "most": most, "data": data, "k": k, "skip_broken": skip_broken,
+             "seed": seed}  # fmt: skip
     options = cast(ShowOptions, {name: value for name, value in asked.items() if value is not None})
     emit(run(source, files or (), out=out, panel=panel, **options), as_json)
 

@@ -77,7 +77,7 @@ def stats(
         resolved = load_recipe(recipe, settings)
         modality, signal = resolved.modality, resolved.signal
     kind = MODALITIES[modality]
-    listing = list_files(path, kind, split=split, default_split="train")
+    listing = list_files(path, kind.source(signal), split=split, default_split="train")
     total, skipped = np.zeros(()), []
     measure = partial(_moments, kind.moments, signal)
     for i, outcome in enumerate(each_file(measure, listing.paths, workers, DECODE_TIMEOUT)):

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +24,8 @@ class Weights:
     tensors: Mapping[str, Tensor]
     source: str
     grid: Grid
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of the backbone that they are of, as far as they are known."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,13 @@ def read_weights(source: Path) -> Weights:
     file = whole if whole.is_file() else folder / "model.safetensors"
     try:
         tensors = load_file(file)
-        grid = tuple(json.loads((folder / "config.json").read_text(encoding="utf-8"))["grid"])
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        grid, backbone = tuple(config["grid"]), config["model"]["backbone"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"train.init_from: {file} is not readable ({error})") from None
     if file != whole:
         tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-    return Weights(tensors, str(source), grid)
+    return Weights(tensors, str(source), grid, backbone)
 
 
 @torch.no_grad()
@@ -116,8 +120,10 @@ def take(objective: nn.Module, weights: Weights) -> Taken:
         detail = "" if example is None else (
             f": {example} is {list(weights.tensors[example].shape)} there and {list(own[example].shape)} here"
         )  # fmt: skip
+        shape = {name: weights.backbone[name] for name in ("dim", "depth", "num_heads") if name in weights.backbone}
+        its = f" ({', '.join(f'{name}={value}' for name, value in shape.items())})" if shape else ""
         raise UserError(
-            f"no weight of {weights.source} fits this model's backbone{detail}; use the same model.backbone"
+            f"no weight of {weights.source} fits this model's backbone{detail}; use the same model.backbone{its}"
         )
     if not any(tensor.is_meta for tensor in own.values()):  # a sketch is only asked what would fit
         objective.load_state_dict(state, strict=False)

@@ -86,16 +86,18 @@ def attempts(
     ratios: Sequence[float],
     seed: int,
     rates: Sequence[float] | None = None,
+    places: Sequence[int] | None = None,
 ) -> list[Attempts]:
     """Return each file's inputs, [C, *size] each, at each mask ratio.
 
-    The mask of a file depends on the seed and its place alone; what is seen at a higher ratio is seen at a lower one.
+    The mask of a file depends on the seed and its place alone (``places``, or where it stands); what is seen at a
+    higher ratio is seen at a lower one.
     """
     draws = [draw_at(recipe, objective, ratio, source) for ratio in ratios]
     found = []
     for i, (name, example) in enumerate(zip(names, examples, strict=True)):
         made = [
-            attempt(objective, draw, ratio, example, np.random.default_rng([seed, i]))
+            attempt(objective, draw, ratio, example, np.random.default_rng([seed, places[i] if places else i]))
             for ratio, draw in zip(ratios, draws, strict=True)
         ]
         found.append(Attempts(name, made, rates[i] if rates else 0.0))
@@ -145,13 +147,19 @@ def triplet(recipe: Recipe, made: Attempt, playing: bool = False, rate: float = 
 def given(recipe: Recipe, made: Attempt) -> dict[str, Shown]:
     """Return what was seen besides, by its name: the past look of a pair."""
     past = made.made.past
-    return {} if past is None else {"past": still(MODALITIES[recipe.modality], past, recipe.signal)}
+    return {} if past is None else {past_word(recipe): still(MODALITIES[recipe.modality], past, recipe.signal)}
+
+
+def past_word(recipe: Recipe) -> str:
+    """Return what the look is called from which the other one is predicted."""
+    return str(getattr(getattr(recipe.signal, "look", None), "past", "past"))
 
 
 def seen_note(recipe: Recipe, masked: str) -> str:
     """Return what a reconstruction was made from, where the masked pictures are called ``masked``."""
-    also = " and the past ones" if "past" in MODALITIES[recipe.modality].inputs(recipe.signal) else ""
-    return f"{recipe.objective.name.upper().replace('_', ' ')} saw only what the {masked}{also} show."
+    paired = "past" in MODALITIES[recipe.modality].inputs(recipe.signal)
+    also = f", and those called {past_word(recipe)}," if paired else ""
+    return f"{recipe.objective.title} saw only what the {masked}{also} show."
 
 
 def target_note(recipe: Recipe) -> str:

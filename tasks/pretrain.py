@@ -13,6 +13,7 @@ from torch import nn
 
 from mmssl.config import override
 from mmssl.cost import Footprint, Memory, Sharding, plan
+from mmssl.data.fragment import file_of
 from mmssl.data.listing import Listing, list_files
 from mmssl.distributed import world
 from mmssl.engine.optim import ADAMW_STATE
@@ -35,6 +36,7 @@ from tasks.fit import check_batch, fit
 from tasks.initial import read_weights, take
 from tasks.report import write_report
 from tasks.run_report import run_sections
+from tasks.writer import say
 
 RANKS = 8
 """Where a dry run is of one process, what DeepSpeed would need is told for this many."""
@@ -71,6 +73,15 @@ def training_files(recipe: Recipe, data: str | Path, split: str | None) -> Listi
     return list_files(data, kind, split=split, default_split="train")
 
 
+def say_films(recipe: Recipe, listing: Listing) -> None:
+    """Tell a person how many folders of pictures are taken as a video each; photographs that are none do not say so."""
+    kind = MODALITIES[recipe.modality].source(recipe.signal)
+    films = sum(Path(file_of(path)).suffix.lower() not in kind.suffixes for path in listing.paths)
+    if kind.frame_suffixes and films:
+        what = "is a folder" if films == 1 else "are folders"
+        say(f"{films} of {len(listing)} files {what} of numbered pictures, taken as one video each")
+
+
 def pretrain(
     recipe: str | Path | Recipe,
     data: str | Path,
@@ -92,6 +103,7 @@ def pretrain(
     if recipe.train.patience is not None:
         raise UserError("train.patience needs files to measure on, which finetune alone has (--validation)")
     listing, run = training_files(recipe, data, split), Run(out)
+    say_films(recipe, listing)
     fit(recipe, listing, run, resume=resume, deepspeed_config=deepspeed_config)
     metrics = run.metrics()
     result = PretrainResult(

@@ -4,7 +4,7 @@ Reconstructions, attention, components, a map of vectors, nearest neighbours.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args
@@ -59,6 +59,8 @@ class ShowOptions(TypedDict, total=False):
     """reconstruction, of a run trained on pairs of frames: how far apart they are, in the unit of its training."""
     mass: float
     """attention: the share of a head's attention that the marked patches hold."""
+    signal: Mapping[str, Any]
+    """attention, pca, neighbours: settings to read files otherwise than in training, such as {"size": [224, 400]}."""
     masks: Path | str
     """attention: what is to be found, a PNG or a folder of PNGs named as the files; everything but 0 counts."""
     foreground: bool
@@ -81,6 +83,7 @@ USED_BY: dict[str, tuple[Name, ...]] = {
     "ratios": ("reconstruction",),
     "gaps": ("reconstruction",),
     "mass": ("attention",),
+    "signal": ("attention", "pca", "neighbours"),
     "masks": ("attention",),
     "foreground": ("pca",),
     "color_by": ("tsne",),
@@ -157,7 +160,7 @@ def show(
 def _of_encoder(
     source: Path, files: Sequence[Path | str], out: Path, panel: Name, options: ShowOptions
 ) -> tuple[Files, Panel, dict[str, Any]]:
-    encoder = load(source)
+    encoder = load(source, options.get("signal"))
     found = _files(files, encoder.kind, out)
     folder = list_files(options["data"], encoder.kind) if panel == "neighbours" else None
     signals = [read_signal(encoder.config, path) for path in found.paths]
@@ -186,7 +189,8 @@ def _reconstruction(source: Path, run: Run, files: Sequence[Path | str], out: Pa
     shown = _configured(found, recipe, options.get("gaps"))
     names, examples = [name for _, name, _ in shown], [read_example(config, path) for path, _, config in shown]
     rates = None if suffix == ".png" else [read_rate(recipe, path) for path, _, _ in shown]
-    made = attempts(recipe, objective, source, names, examples, ratios, seed, rates)
+    places = [found.paths.index(path) for path, _, _ in shown]  # the same mask for every gap
+    made = attempts(recipe, objective, source, names, examples, ratios, seed, rates, places)
     axes = len(next(iter(objective.encoders().values())).tokenizer.size)
     note = _write(out, recipe, made, _views_note([example["signal"] for example in examples], axes))
     return ShowResult(out, "reconstruction", found.paths, note, {"ratios": list(ratios), "seed": seed})

@@ -6,6 +6,7 @@ Paths stay strings here, and folders are read with ``os.scandir``: a million fil
 import csv
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -155,9 +156,9 @@ def _list_folder(root: Path, kind: Media) -> Listing:
 
 
 def _is_film(names: Sequence[str], kind: Media) -> bool:
-    # Several pictures with numbers in their names, and no film beside them.
+    # Several pictures whose names differ in their numbers alone, and no film beside them.
     frames = [name for name in names if _suffix(name) in kind.frame_suffixes and any(map(str.isdigit, name))]
-    return len(frames) > 1
+    return len(frames) > 1 and len({re.sub(r"\d+", "#", name) for name in frames}) == 1
 
 
 def _suffix(name: str) -> str:

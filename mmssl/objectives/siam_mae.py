@@ -32,6 +32,11 @@ class SiamMAEConfig(ObjectiveConfig):
     ``mask_ratio`` the symmetric one of its ablation."""
     decoder: PairDecoderConfig = PairDecoderConfig()
 
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return "SiamMAE"
+
     def build(self, encoders: Mapping[str, EncoderModule]) -> "SiamMAE":
         """Make the objective around its one encoder; ValueError for a mask that does not suit the encoder's grid."""
         (encoder,) = encoders.values()

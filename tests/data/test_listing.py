@@ -297,3 +297,14 @@ def test_a_piece_of_a_piece_and_one_that_ends_before_it_starts(tmp_path):
         list_files(tmp_path / "m.csv", FILMS)
     with pytest.raises(UserError, match="ends before it starts"):
         list_files(f"{tmp_path}/a.mp4#t=2,1", FILMS)
+
+
+def test_pictures_whose_names_differ_in_more_than_numbers_are_no_film(tmp_path):
+    for name in ("1f0cf.png", "1f1e6.png", "a12.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="holds no file of modality video"):
+        list_files(tmp_path, FILMS)
+    (tmp_path / "1f1e6.png").unlink()
+    (tmp_path / "a12.png").rename(tmp_path / "2f0cf.png")
+    (tmp_path / "cover.png").touch()
+    assert list_files(tmp_path, FILMS).paths == [str(tmp_path)]

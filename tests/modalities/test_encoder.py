@@ -142,3 +142,16 @@ def test_settings_that_do_not_go_together_are_a_sentence(folder):
 def test_an_opened_picture_of_any_mode_is_embedded(folder, mode):
     picture = PIL.Image.effect_noise((20, 30), 80).convert("RGB").convert(mode)
     assert load(folder).embed([picture]).shape == (1, 32)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
+def test_read_at_another_size_positions_are_those_of_the_encoders_own(tmp_path, tiny_encoder, positions):
+    encoder = tiny_encoder(positions=positions).eval()
+    encoder.save(tmp_path / "encoder")
+    wide = load(tmp_path / "encoder", {"size": [16, 32]})
+    signal = torch.randn(2, 3, 16, 32)
+    assert wide.tokenizer.grid == (4, 8)
+    torch.testing.assert_close(wide.features(signal), encoder.features(signal), atol=0, rtol=0)
+    whole = wide.layers({"signal": signal})[-1]
+    patches = wide.tokenizer.patches({"signal": signal})
+    torch.testing.assert_close(wide(patches), whole)  # its own grid is what is meant where none is given

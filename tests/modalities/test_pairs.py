@@ -11,6 +11,7 @@ from media import numbered, numbers, write_frames, write_video
 from mmssl.data.guard import BrokenFile
 from mmssl.errors import UserError
 from modalities.image import Image, ImageSignal
+from modalities.looks import FramePair
 from modalities.video_sampling import TooShort, pair
 from tasks.build import build_objective, load_recipe
 
@@ -101,10 +102,12 @@ def test_a_video_without_such_a_pair_is_broken(tmp_path):
         IMAGE.example(str(film), ImageSignal(look={"kind": "frames"}), None)
 
 
-def test_the_example_is_the_middle_of_the_video(film):
+def test_the_examples_later_frame_is_the_same_for_all_gaps(film):
     signal = ImageSignal(size=(48, 64), resize_ratio=1.0, look={"kind": "frames", "gap": (4, 8)}, **RAW)
+    far = signal.model_copy(update={"look": FramePair(gap=(20, 20))})
+    assert [number(look) for look in IMAGE.example(str(film), far, None).values()] == [6, 26]
     found = IMAGE.example(str(film), signal, None)
-    assert (number(found["past"]), number(found["signal"])) == (16, 22)
+    assert (number(found["past"]), number(found["signal"])) == (20, 26)
 
 
 def test_single_frames_come_from_everywhere(film):

@@ -46,6 +46,14 @@ def test_a_recipe_brings_modality_and_settings(sounds, materials):
     assert (result.modality, result.files) == ("audio", 16)
 
 
+def test_a_recipe_of_frames_measures_videos(clips, materials):
+    recipe, folder, settings = materials["pairs"]
+    found, expected = stats(folder, "image", recipe, settings), stats(clips, "video")
+    assert found.files == expected.files == 12
+    np.testing.assert_allclose(found.mean, expected.mean)
+    np.testing.assert_allclose(found.std, expected.std)
+
+
 def test_broken_files_are_named_or_left_out_on_request(tmp_path):
     write_sound(tmp_path / "a.wav", tone(0.5))
     (tmp_path / "b.wav").write_bytes(b"")

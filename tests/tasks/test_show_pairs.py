@@ -3,6 +3,7 @@
 import numpy as np
 import PIL.Image
 import pytest
+from media import numbered, write_frames
 
 from mmssl.errors import UserError
 from modalities.encoder import MODALITIES
@@ -32,7 +33,7 @@ def test_a_run_of_pairs_shows_the_past_and_frames_as_far_apart_as_asked(pairs, t
     shown = [shot.picture for line in block.lines for shot in line.shots]
     np.testing.assert_array_equal(shown[1], MODALITIES["image"].picture(one["signal"], recipe.signal))
     result = show(run, films, out=tmp_path / "gaps.png", gaps=(2, 4), ratios=(0.5,))
-    assert "SIAM MAE saw only what the masked pictures and the past ones show." in result.note
+    assert "SiamMAE saw only what the masked pictures, and those called past, show." in result.note
     show(run, films, out=tmp_path / "one.png", ratios=(0.5,))
     twice, once = (np.prod(PIL.Image.open(tmp_path / name).size) for name in ("gaps.png", "one.png"))
     assert twice > 1.3 * once
@@ -55,3 +56,19 @@ def test_an_encoder_trained_on_pairs_shows_pictures(pairs, photos, tmp_path):
     pictures = sorted(photos.rglob("*.png"))[:2]
     for panel in ("attention", "pca"):
         assert show(run, pictures, out=tmp_path / f"{panel}.png", panel=panel).files == [str(p) for p in pictures]
+
+
+def test_folders_of_pictures_are_said_to_be_taken_as_videos(materials, tmp_path, capsys):
+    recipe, _, settings = materials["pairs"]
+    write_frames(tmp_path / "photos", numbered(8, 32, 40))
+    pretrain(recipe, tmp_path / "photos", tmp_path / "run", settings | {"train.steps": 1})
+    assert "1 of 1 files is a folder of numbered pictures, taken as one video each" in capsys.readouterr().err
+
+
+def test_an_encoder_is_shown_at_another_size(pairs, photos, tmp_path):
+    run, _ = pairs
+    picture = sorted(photos.rglob("*.png"))[0]
+    for size in (16, 32):
+        show(run, [picture], out=tmp_path / f"{size}.html", panel="pca", signal={"signal.size": [size, size]})
+    assert 'width="32"' in (tmp_path / "32.html").read_text()
+    assert 'width="32"' not in (tmp_path / "16.html").read_text()

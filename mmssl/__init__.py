@@ -7,7 +7,8 @@ The public API of all three packages, imported when it is first used:
   several seeds.
 - ``Classifier(path)``: what fine-tuning leaves behind, files in and class names out; ``predict`` does whole folders.
 - ``knn``, ``linear_probe``, ``probe`` (by protocol), ``embed``: frozen evaluation; ``list_files`` makes the listings.
-- ``propagate``: masks, keypoints and parts of a first frame, followed through videos and scored.
+- ``propagate``: masks, keypoints and parts of a first frame, followed through videos and scored;
+  ``propagate_source`` follows what a mask marks through one's own video.
 - ``show``: pictures of what was learned.
 - ``MmsslError`` and its kinds: what can go wrong, in a sentence.
 """
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tasks.pretrain import pretrain
     from tasks.probe_protocols import probe
     from tasks.propagate import propagate
+    from tasks.propagate_source import propagate_source
     from tasks.show import show
 
 _HOME = {
@@ -51,6 +53,7 @@ _HOME = {
     "pretrain": "tasks.pretrain",
     "probe": "tasks.probe_protocols",
     "propagate": "tasks.propagate",
+    "propagate_source": "tasks.propagate_source",
     "show": "tasks.show",
 }
 
@@ -73,6 +76,7 @@ __all__ = [
     "pretrain",
     "probe",
     "propagate",
+    "propagate_source",
     "show",
 ]
 

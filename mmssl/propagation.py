@@ -19,8 +19,12 @@ BAND_TOKENS = 180
 """Query tokens compared at once. More of them see more that is too far from each, fewer make slow matrix products. On a
 CPU, at 30 x 54 tokens of 384 channels, 90 to 180 are equally fast within the noise, and the threads of few bands wait
 for each other less often."""
+ROOM = 8
+"""For so many frames there is room from the start; it doubles as more come, so that a long context costs what it uses.
+"""
 TINY = 2.0**-52
-"""The unit in which float64 keys prefer near tokens: below what fp32 similarities can tell apart."""
+"""The unit in which float64 keys prefer near tokens. On a grid of h x w tokens it is taken less than 4 h w times: 2^-36
+on 90 x 160 tokens, and below 2^-25, half of what fp32 similarities differ by next to 1, up to 2^25 tokens."""
 
 
 class Neighbours(NamedTuple):
@@ -37,18 +41,30 @@ class Neighbours(NamedTuple):
 class Window:
     """Which tokens may be neighbours: those at most ``radius`` rows and ``radius`` columns away; 0 allows all.
 
-    It is a sum of one table per axis, of a few kilobytes. Inside tokens have a tiny penalty that grows with their
-    distance, outside ones -inf, so that equal similarities are told apart: the nearest place comes first, then the
-    first one in reading order.
+    It is a table of penalties by offset, for places in the longer axis' order. Inside it is a token's rank, tiny, and
+    outside -inf, so that equal similarities are told apart: the nearest place comes first, then the first one in
+    reading order.
     """
 
     def __init__(self, grid: tuple[int, int], radius: int, device: torch.device | str = "cpu") -> None:
-        rows, columns = grid
-        # No two offsets (row, column) have the same sum: that of the squares decides, then 2 * columns * row + column.
-        square = 4 * rows * columns
-        self.rows = _penalties(rows, radius, square, 2 * columns, device)
-        self.columns = _penalties(columns, radius, square, 1, device)
-        self.radius = radius if radius > 0 else max(grid)
+        self.radius = _reach(grid, radius)
+        down, across = (torch.arange(1 - length, length, device=device) for length in grid)
+        outside = (down.abs() > self.radius)[:, None] | (across.abs() > self.radius)
+        squares = down[:, None] ** 2 + across**2
+        # Sorted by distance; the sort is stable, and offsets are in reading order.
+        order = squares.masked_fill(outside, squares.max() + 1).flatten().argsort(stable=True)
+        ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+        penalties = (-TINY * ranks.double()).view_as(squares).masked_fill(outside, -torch.inf)
+        self._penalties = penalties.T.contiguous() if _is_wide(grid) else penalties
+        self.length = min(grid)
+
+    def penalties(self, band: "_Band") -> Tensor:
+        """Return those of a band's query tokens (rows) and source tokens, float64 [T, M]."""
+        lines, near = (len(self._penalties) + 1) // 2, band.near_last - band.near_first
+        first = band.near_first - band.last + lines
+        table = self._penalties[first : first + band.last - band.first + near - 1]
+        # Windows of the table begin with the last query token's.
+        return table.unfold(0, near, 1).unfold(1, self.length, 1).flip(0, 1).reshape(-1, near * self.length)
 
 
 class Propagator:
@@ -80,14 +96,15 @@ class Propagator:
     def start(self, features: Tensor, labels: Tensor) -> None:
         """Begin a video with the features [N, D] and labels [N, C] of its first frame; what was before is forgotten.
 
-        Room for ``context`` more frames is taken at once. Raises ValueError where they are not of the grid.
+        Raises ValueError where they are not of the grid.
         """
         self._check(features, "features")
         self._check(labels, "labels")
         self._window = Window(self.grid, self.radius, features.device)
         # The first frame, then a ring of the last ones.
-        self._features = features.new_empty(1 + self.context, *features.shape, dtype=torch.float32)
-        self._labels = labels.new_empty(1 + self.context, *labels.shape, dtype=torch.float32)
+        room = min(ROOM, 1 + self.context)
+        self._features = features.new_empty(room, *features.shape, dtype=torch.float32)
+        self._labels = labels.new_empty(room, *labels.shape, dtype=torch.float32)
         self._frames = 0
         self._keep(self._turn(_normalised(features)), self._turn(labels.float()))
 
@@ -104,7 +121,7 @@ class Propagator:
         if features.shape[1] != channels:
             raise ValueError(f"the first frame's features have {channels} channels, not {features.shape[1]}")
         query, seen = self._turn(_normalised(features)), min(self._frames, 1 + self.context)
-        found = _nearest(query, self._features[:seen], self._window, self._turned, self.topk)
+        found = _nearest(query, self._features[:seen], self._window, self.topk)
         labels = blend(found, self._labels[:seen], self.temperature)
         self._keep(query, labels)
         return _transposed(labels, self.grid[::-1]) if self._turned else labels
@@ -112,8 +129,13 @@ class Propagator:
     def _keep(self, features: Tensor, labels: Tensor) -> None:
         if self._frames == 0 or self.context > 0:
             slot = 1 + (self._frames - 1) % self.context if self._frames > 0 else 0
+            if slot == len(self._features):
+                self._features, self._labels = (self._roomier(kept) for kept in (self._features, self._labels))
             self._features[slot], self._labels[slot] = features, labels
         self._frames += 1
+
+    def _roomier(self, kept: Tensor) -> Tensor:
+        return torch.cat((kept, kept.new_empty(min(len(kept), 1 + self.context - len(kept)), *kept.shape[1:])))
 
     def _turn(self, values: Tensor) -> Tensor:
         return _transposed(values, self.grid) if self._turned else values
@@ -137,9 +159,9 @@ def nearest(query: Tensor, sources: Sequence[Tensor], grid: tuple[int, int], rad
     window, turned = Window(grid, radius, query.device), _is_wide(grid)
     query, seen = query.float(), torch.stack(tuple(sources)).float()
     if not turned:
-        return _nearest(query, seen, window, turned, topk)
+        return _nearest(query, seen, window, topk)
     turned_seen = torch.stack([_transposed(source, grid) for source in seen])
-    found = _nearest(_transposed(query, grid), turned_seen, window, turned, topk)
+    found = _nearest(_transposed(query, grid), turned_seen, window, topk)
     rows, columns = grid
     token = found.token % rows * columns + found.token // rows
     return Neighbours(*(_transposed(part, grid[::-1]) for part in (found.values, found.frame, token)))
@@ -159,8 +181,8 @@ def dense_window(grid: tuple[int, int], radius: int, device: torch.device | str 
     rows, columns = grid
     token = torch.arange(rows * columns, device=device)
     row, column = token // columns, token % columns
-    near = ((row[:, None] - row).abs() <= radius) & ((column[:, None] - column).abs() <= radius)
-    return near if radius > 0 else torch.ones_like(near)
+    reach = _reach(grid, radius)
+    return ((row[:, None] - row).abs() <= reach) & ((column[:, None] - column).abs() <= reach)
 
 
 @torch.no_grad()
@@ -196,11 +218,10 @@ def _bands(lines: int, length: int, radius: int) -> Iterator[_Band]:
         yield _Band(first, last, max(0, first - radius), min(lines, last + radius))
 
 
-def _nearest(query: Tensor, sources: Tensor, window: Window, turned: bool, topk: int) -> Neighbours:
+def _nearest(query: Tensor, sources: Tensor, window: Window, topk: int) -> Neighbours:
     # Both have the longer axis first: bands of its lines are then slices, and nothing is copied for a product.
-    along, across = (window.columns, window.rows) if turned else (window.rows, window.columns)
-    frames, tokens, length = len(sources), len(query), len(across)
-    bands = list(_bands(len(along), length, window.radius))
+    frames, tokens, length = len(sources), len(query), window.length
+    bands = list(_bands(tokens // length, length, window.radius))
     # One buffer for all bands: fresh pages cost as much as what is written to them.
     most = max((band.last - band.first) * (band.near_last - band.near_first) for band in bands) * length**2
     buffer = query.new_empty(frames * most)
@@ -214,8 +235,7 @@ def _nearest(query: Tensor, sources: Tensor, window: Window, turned: bool, topk:
             similarity = buffer[: prod(shape)].view(shape)
             # One call for all frames: threads meet once in it, which is slow where others use the cores too.
             torch.bmm(query[mine].expand(frames, -1, -1), sources[:, near].transpose(1, 2), out=similarity)
-            penalty = along[band.first : band.last, None, band.near_first : band.near_last, None] + across[:, None]
-            found = _best(similarity, penalty.view(shape[1:]), topk)
+            found = _best(similarity, window.penalties(band), topk)
             count = found.values.shape[1]
             out.values[mine, :count], out.frame[mine, :count] = found.values, found.frame
             out.token[mine, :count] = found.token + near.start
@@ -239,18 +259,14 @@ def _best(similarity: Tensor, penalty: Tensor, topk: int) -> Neighbours:
     return Neighbours(values, order // place.shape[1], place.gather(1, order % place.shape[1]))
 
 
-def _penalties(length: int, radius: int, square: int, single: int, device: torch.device | str) -> Tensor:
-    # float64 [length, length]: of a query's place (first) and a source's on one axis.
-    place = torch.arange(length, device=device)
-    offset = place - place[:, None]
-    penalties = -TINY * (square * offset**2 + single * offset).double()
-    outside = offset.abs() > (radius if radius > 0 else length)
-    return penalties.masked_fill(outside, -torch.inf)
-
-
 def _normalised(features: Tensor) -> Tensor:
     # A vector of zeros stays one: it is equally unlike everything, and the nearest tokens win.
     return F.normalize(features.float(), dim=1)
+
+
+def _reach(grid: tuple[int, int], radius: int) -> int:
+    # Beyond the longer axis nothing is, whatever number was given.
+    return min(radius, max(grid)) if radius > 0 else max(grid)
 
 
 def _is_wide(grid: tuple[int, int]) -> bool:

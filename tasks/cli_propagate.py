@@ -22,12 +22,22 @@ def propagate(
     first_mask: Annotated[
         Path | None, typer.Option(help="--source: a PNG of the first frame, black but for what is to be followed.")
     ] = None,
+    first_frame: Annotated[
+        Path | None, typer.Option(help="--source: only write its first frame to this PNG, to draw the mask on.")
+    ] = None,
     kind: Annotated[str | None, typer.Option(help="--data: masks, keypoints or parts. [masks]")] = None,
     layer: Annotated[
-        str | None, typer.Option(help="Compare the output of this block (from 1, or -1, the last), or patches: pixels.")
+        str | None,
+        typer.Option(
+            help="Compare what this block puts out, from 1, or from -1 for the last; or patches: pixels. [-1]"
+        ),
     ] = None,
     short_side: Annotated[
-        int | None, typer.Option(help="Pixels of the frames' shorter side; their own, of --source at most 480.")
+        int | None,
+        typer.Option(
+            help="Resize frames to this shorter side, in pixels, before they are cut into patches: smaller is faster "
+            "and coarser. [their own size; for --source at most 480]"
+        ),
     ] = None,
     context: Annotated[int, typer.Option(help="How many frames before are compared, besides the first.")] = 7,
     radius: Annotated[int, typer.Option(help="How far away a similar token may be, in tokens; 0: anywhere.")] = 12,
@@ -44,9 +54,14 @@ def propagate(
     """Follow masks, keypoints or parts of a video's first frame through the rest of it, and measure it."""
     from tasks.following import FollowOptions, parse_layer
     from tasks.propagate import propagate as over_data
-    from tasks.propagate_source import propagate_source
+    from tasks.propagate_source import propagate_source, write_first_frame
 
-    _check(data, source, first_mask, {"kind": kind, "split": split, "resolution": resolution, "films": films})
+    of_data: dict[str, object] = {"kind": kind, "split": split, "resolution": resolution, "films": films}
+    _check(data, source, first_mask, first_frame, of_data)
+    if first_frame is not None:
+        assert source is not None
+        emit(write_first_frame(source, first_frame), as_json)
+        return
     options: FollowOptions = {
         "layer": parse_layer(layer), "short_side": short_side, "context": context, "radius": radius, "topk": topk,
         "temperature": temperature,
@@ -55,27 +70,38 @@ def propagate(
     if data is not None:
         result = over_data(
             loaded, data, kind or "masks", out, split=split, resolution=resolution, scratch=scratch, seed=seed,
-            films=films is not False, **options,
+            films=films is not False, encoder_name=str(encoder), **options,
         )  # fmt: skip
         emit(result, as_json)
         return
     assert source is not None
     assert first_mask is not None
-    emit(propagate_source(loaded, source, first_mask, out, scratch=scratch, seed=seed, **options), as_json)
+    followed = propagate_source(
+        loaded, source, first_mask, out, encoder_name=str(encoder), scratch=scratch, seed=seed, **options
+    )
+    emit(followed, as_json)
 
 
-def _check(data: Path | None, source: str | None, first_mask: Path | None, of_data: dict[str, object]) -> None:
+def _check(
+    data: Path | None, source: str | None, mask: Path | None, frame: Path | None, of_data: dict[str, object]
+) -> None:
     if (data is None) == (source is None):
         raise UserError(
             "propagate needs --data, annotated sequences, or --source, your own video"
             + ("; they exclude each other" if data is not None else "")
         )
     if source is None:
-        if first_mask is not None:
-            raise UserError("--first-mask is for --source; --data has its own annotations")
+        for name, file in (("mask", mask), ("frame", frame)):
+            if file is not None:
+                raise UserError(f"--first-{name} is for --source; --data has its own annotations")
         return
-    if first_mask is None:
-        raise UserError("--source needs --first-mask, a PNG that marks what is to be followed in its first frame")
+    if mask is None and frame is None:
+        raise UserError(
+            "--source needs --first-mask, a PNG that marks what is to be followed; draw it on the first frame, which "
+            "--first-frame FILE.png writes"
+        )
+    if mask is not None and frame is not None:
+        raise UserError("--first-frame writes a frame to draw on, --first-mask is what was drawn; give one of them")
     for name, value in of_data.items():
         if value is not None:
             raise UserError(f"--{name} is for --data, not for --source")

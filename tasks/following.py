@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, TypedDict, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmssl.contracts import SeesFrames
-from mmssl.errors import UserError, nearest
+from mmssl.errors import MmsslError, UnusableData, UserError, is_out_of_memory, nearest
 from mmssl.propagation import Propagator
 from modalities.encoder import Encoder
 from modalities.pixels import Frames, FrameSize
@@ -18,6 +19,9 @@ Layer: TypeAlias = int | Literal["patches"]
 
 AT_ONCE = 4
 """Frames that go through an encoder together: few, as what every block puts out is in memory."""
+LARGEST_SIDE = 4096
+MOST_ENLARGED = 4
+"""Frames are not made larger than this shorter side, in pixels, nor than so many times their own: it shows no more."""
 
 
 class FollowOptions(TypedDict, total=False):
@@ -47,6 +51,8 @@ class Settings:
     """How many of the most similar tokens of all these frames count."""
     temperature: float = 0.1
     """Of the softmax that weighs them."""
+    depth: int | None = None
+    """How many blocks the encoder has; ``checked`` says it."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -54,10 +60,20 @@ class Settings:
 
     def __str__(self) -> str:
         what = "pixels of the patches" if self.layer == "patches" else f"features of block {self.layer}"
+        if self.depth is not None and self.layer != "patches":
+            what += " (the last)" if self.layer == self.depth else f" of {self.depth}"
+        return f"{what}, {self.comparison()}"
+
+    def described(self, weights: str) -> str:
+        """Return whose weights were used, in the words given, and how; pixels have neither weights nor a block."""
+        return f"{weights}; {self.comparison() if self.layer == 'patches' else self}"
+
+    def comparison(self) -> str:
+        """Return how it is compared, in words."""
         side = "in their own size" if self.short_side is None else f"with a shorter side of {self.short_side} pixels"
         where = f"within {self.radius} tokens" if self.radius else "anywhere"
         return (
-            f"{what}, frames {side}; the {self.topk} most similar tokens {where} in the first and the last "
+            f"frames {side}; the {self.topk} most similar tokens {where} in the first and the last "
             f"{self.context} frames, at temperature {self.temperature:g}"
         )
 
@@ -76,7 +92,7 @@ def checked(encoder: Encoder, options: FollowOptions) -> Settings:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, but got {value}")
     if not 0 < settings.temperature < math.inf:
         raise UserError(f"--temperature must be above 0, but got {settings.temperature:g}")
-    return replace(settings, layer=_block(encoder, settings.layer))
+    return replace(settings, layer=_block(encoder, settings.layer), depth=encoder.config.model.backbone.depth)
 
 
 def parse_layer(text: str | None) -> Layer | None:
@@ -121,17 +137,22 @@ class Follower:
 
     def start(self, frame: Frames, labels: Tensor) -> None:
         """Begin with the first frame, uint8 [1, H, W, 3], and its labels."""
-        self._propagator.start(self.features(frame)[0], labels.to(self.encoder.device))
+        with _in_memory():
+            self._propagator.start(self.features(frame)[0], labels.to(self.encoder.device))
 
     def follow(self, frames: Frames) -> Iterator[Tensor]:
         """Yield the labels of the next frames, uint8 [n, H, W, 3], one after the other."""
         for first in range(0, len(frames), AT_ONCE):
-            for features in self.features(frames[first : first + AT_ONCE]):
-                yield self._propagator.step(features)
+            with _in_memory():
+                several = self.features(frames[first : first + AT_ONCE])
+            for features in several:
+                with _in_memory():
+                    labels = self._propagator.step(features)
+                yield labels
 
     @torch.no_grad()
     def features(self, frames: Frames) -> Tensor:
-        """Return what is compared, float32 [n, N, D], of frames uint8 [n, H, W, 3]."""
+        """Return what is compared, float32 [n, N, D], of frames uint8 [n, H, W, 3]; UnusableData for NaN in it."""
         encoder = self.encoder
         kind, config = encoder.kind, encoder.config
         assert isinstance(kind, SeesFrames)
@@ -139,11 +160,37 @@ class Follower:
         if self.layer == "patches":
             return encoder.tokenizer.patches({"signal": signal})
         assert self.layer is not None
-        return encoder.layers({"signal": signal})[self.layer - 1][:, encoder.num_prefix :]
+        features = encoder.layers({"signal": signal})[self.layer - 1][:, encoder.num_prefix :]
+        if not bool(features.isfinite().all()):
+            raise UnusableData(
+                f"the encoder's features of block {self.layer} are NaN or infinite: its training has diverged, so take "
+                "an earlier checkpoint"
+            )
+        return features
+
+
+@contextmanager
+def _in_memory() -> Iterator[None]:
+    # What to make smaller is something else here than in training.
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (str(error) or "out of memory").splitlines()[0]
+        raise MmsslError(f"out of memory ({first}); lower --short-side or --context") from None
 
 
 def fitting(frame: FrameSize, short_side: int | None, patch: tuple[int, int]) -> FrameSize:
-    """Return the size that patches divide next to a frame's, scaled to that shorter side: at least one patch."""
+    """Return the size that patches divide next to a frame's, scaled to that shorter side: at least one patch.
+
+    Raises UserError for a shorter side that is far larger than the frame's.
+    """
+    most = min(LARGEST_SIDE, MOST_ENLARGED * min(frame))
+    if short_side is not None and short_side > most:
+        raise UserError(
+            f"--short-side {short_side} is too large for frames of {frame[1]} x {frame[0]} pixels: at most {most}"
+        )
     scale = 1.0 if short_side is None else short_side / min(frame)
     height, width = (max(1, round(side * scale / p)) * p for side, p in zip(frame, patch, strict=True))
     return height, width

@@ -40,8 +40,9 @@ def scales(truth: Floats, visible: Bools, objects: Counts) -> Floats:
     """Return the scale of each point's object in each frame, in pixels, float64 [t, k].
 
     It is ``BOX_SHARE`` of the diagonal of the box around the object's ``tracked`` points in that frame; ``objects``
-    [k] says whose each point is. It is 0 where one point alone is left, which then has to be found exactly, and NaN
-    where none is.
+    [k] says whose each point is. On JHMDB that is the published evaluation's box: around the truth of all
+    points that were given, those that have left the picture as well. It is 0 where one point alone is left, which then
+    has to be found exactly, and NaN where none is.
     """
     seen = tracked(visible)
     found = np.full(truth.shape[:2], np.nan)

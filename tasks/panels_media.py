@@ -96,15 +96,18 @@ def view_of(encoder: Encoder, signal: Tensor) -> View:
 # Motion
 
 
-def animate(frames: Sequence[Picture], rate: float, form: str) -> bytes:
-    """Return frames uint8 [h, w, 3], ``rate`` per second, as an endless animation of the form "WEBP" or "GIF"."""
+def animate(frames: Sequence[Picture], rate: float, form: str, quality: int = 90) -> bytes:
+    """Return frames uint8 [h, w, 3], ``rate`` per second, as an endless animation of the form "WEBP" or "GIF".
+
+    ``quality``, from 0 to 100, is that of a WebP; small frames keep all of theirs.
+    """
     # Rounded moments, not rounded durations: the whole lasts as long as it should.
     unit = 10 if form == "GIF" else 1
     moments = np.rint(np.arange(len(frames) + 1) * 1000 / rate / unit).astype(int) * unit
-    quality = {} if form == "GIF" else {"lossless": min(frames[0].shape[:2]) < CRISP_BELOW, "quality": 90}
+    coding = {} if form == "GIF" else {"lossless": min(frames[0].shape[:2]) < CRISP_BELOW, "quality": quality}
     first, *others = (Image.fromarray(frame) for frame in frames)
     file = io.BytesIO()
-    first.save(file, form, save_all=True, append_images=others, duration=np.diff(moments).tolist(), loop=0, **quality)
+    first.save(file, form, save_all=True, append_images=others, duration=np.diff(moments).tolist(), loop=0, **coding)
     return file.getvalue()
 
 

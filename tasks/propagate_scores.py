@@ -15,6 +15,19 @@ LEAST = {"masks": 3, "parts": 2}
 """How many annotated frames a sequence needs to be scored: J and F leave out the first and the last one."""
 
 
+UNSCORED = {
+    "masks": f"fewer than {LEAST['masks']} of their frames are annotated",
+    "parts": f"fewer than {LEAST['parts']} of their frames are annotated",
+    "keypoints": "none of their points is visible after the first frame",
+}
+"""Why a sequence has no score."""
+
+
+def counted(number: int, word: str) -> str:
+    """Return "1 object", "2 objects" and so on."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 class SequenceScores(NamedTuple):
     """What one sequence scored; fractions."""
 
@@ -33,7 +46,7 @@ class Board(Protocol):
     """What the curves show."""
 
     def add(self, track: Any) -> SequenceScores | None:
-        """Score a sequence that was followed to its end; None where it has too few annotations."""
+        """Score a sequence that was followed to its end; None where that is not possible (see ``UNSCORED``)."""
         ...
 
     def overall(self, seed: int) -> dict[str, Score]:
@@ -42,6 +55,10 @@ class Board(Protocol):
 
     def classes(self) -> dict[str, float]:
         """Return the score of each class over all sequences, where there are classes."""
+        ...
+
+    def over(self) -> str:
+        """Return what the scores over all sequences are means over, in words."""
         ...
 
 
@@ -69,6 +86,10 @@ class MaskBoard:
     def classes(self) -> dict[str, float]:
         """Return nothing: objects of different sequences have nothing to do with each other."""
         return {}
+
+    def over(self) -> str:
+        """Return how many objects there are."""
+        return f"the {counted(sum(map(len, self.kept)), 'object')}"
 
 
 def _davis_row(scores: ObjectScores) -> dict[str, float]:
@@ -108,6 +129,10 @@ class PartBoard:
         """Return every class's IoU."""
         return _known(part_scores(self._trimmed(), resamples=1)[1]) if self.kept else {}
 
+    def over(self) -> str:
+        """Return how many classes there are; an object is one, and so is the background."""
+        return f"the {len(self.classes())} classes (the background, 0, is one)"
+
     def _trimmed(self) -> list[Counts]:
         # Without the classes that nobody has.
         used = np.flatnonzero(np.sum([counts.sum(0) + counts.sum(1) for counts in self.kept], axis=0))
@@ -128,11 +153,16 @@ class PointBoard:
     def add(self, track: PointTrack) -> SequenceScores | None:
         """Score a sequence's points."""
         points, places, scale = track.points, track.places(), track.scales()
-        self.kept.append((points.kinds, tally(points.truth, places, points.visible, scale)))
+        counts = tally(points.truth, places, points.visible, scale)
+        if not counts.seen.any():
+            return None
+        self.kept.append((points.kinds, counts))
         means = _percents(pck(points.truth, places, points.visible, scale))
         parts = {}
         for one in np.unique(points.objects):
             own = points.objects == one
+            if not counts.seen[own].any():
+                continue
             parts[str(one)] = _percents(
                 pck(points.truth[:, own], places[:, own], points.visible[:, own], scale[:, own])
             )
@@ -147,6 +177,11 @@ class PointBoard:
     def classes(self) -> dict[str, float]:
         """Return nothing."""
         return {}
+
+    def over(self) -> str:
+        """Return how many kinds of points were looked for."""
+        kinds = {kind for names, counts in self.kept for kind, seen in zip(names, counts.seen, strict=True) if seen}
+        return f"the {counted(len(kinds), 'kind')} of points"
 
 
 def _percents(found: Mapping[float, float]) -> dict[str, float]:

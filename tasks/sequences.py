@@ -1,52 +1,26 @@
 """Annotated sequences of frames as DAVIS-2017, VIP and JHMDB lay them out, and masks as palette PNGs."""
 
-import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import PIL.Image
-from scipy.io import loadmat
 
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.errors import UnusableData, UserError, nearest, sibling
 from mmssl.files import replacing_file
 from modalities.image_read import opened, upright_size
+from modalities.pixels import FrameSize
 from modalities.video_read import PICTURES
-from tasks.segments import VOID, Bools, Counts, Floats, Ids, object_ids
+from tasks.point_files import Points, json_points, mat_points
+from tasks.segments import VOID, Ids, object_ids
 
 T = TypeVar("T")
 Kind: TypeAlias = Literal["masks", "keypoints", "parts"]
-
-JOINTS = (
-    *("neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow"),
-    *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
-)
-"""JHMDB's points in their order."""
-
-
-@dataclass(frozen=True)
-class Points:
-    """Where k points truly are in t frames."""
-
-    truth: Floats
-    """(x, y) in pixels, their centres at whole numbers: float64 [t, k, 2]."""
-    visible: Bools
-    """Which can be seen, bool [t, k]."""
-    kinds: tuple[str, ...]
-    """What each point is: the same word for the points that are counted together."""
-    objects: Counts
-    """Whose point each is, int64 [k], from 1."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Each point's own name: its kind, with its object before it where there are several."""
-        if len(np.unique(self.objects)) == 1:
-            return self.kinds
-        return tuple(f"{one}.{kind}" for one, kind in zip(self.objects, self.kinds, strict=True))
 
 
 @dataclass(frozen=True)
@@ -54,13 +28,17 @@ class FrameSequence:
     """A film as pictures of one size, and what is known of them."""
 
     name: str
-    """Its folder's name."""
+    """Its folder's name, in JHMDB its action's before it; no two of a data set have the same."""
     frames: tuple[Path, ...]
-    """In the order of the numbers in their names; at least 2."""
+    """In the order of the numbers in their names, no two of which differ in their suffix alone; at least 2."""
+    size: FrameSize
+    """Height and width of each."""
     masks: tuple[Path | None, ...] = ()
     """Each frame's annotation, None where there is none (never the first); () for keypoints."""
     points: Points | None = None
     """Only for keypoints."""
+    split: str = ""
+    """The list that names it; "" where everything is taken."""
 
 
 def find_sequences(
@@ -68,9 +46,10 @@ def find_sequences(
 ) -> list[FrameSequence]:
     """Return the annotated sequences of a data set's folder, or of the only data set in a folder.
 
-    ``split`` is the name of one of its lists; by default "val" if there is one, otherwise everything is taken. For
-    JHMDB it is a text file with a video, or the folder of a video's frames, at the start of each line; of a path its
-    last name counts. ``resolution`` is a folder in JPEGImages; by default "480p" if there, otherwise the only one.
+    ``split`` is the name of one of its lists, a sequence's name on each line; by default "val" if there is one,
+    otherwise everything is taken. For JHMDB it is a text file with a clip, or its action/clip at the end of a path, on
+    each line, or in the first of its columns. ``resolution`` is a folder in JPEGImages; by default "480p" if there,
+    otherwise the only one.
     Raises UserError for what is not there or does not fit, UnusableData for a broken file.
     """
     if not data.is_dir():
@@ -82,33 +61,57 @@ def find_sequences(
             raise UserError(f"{data}: holds several data sets ({words}), so give the folder of one alone")
         if found:
             root, layout = found[0]
-            return layout.read(root, split, resolution)
+            return _read_all(root, layout, split, resolution)
     wanted = " or ".join(f"{one.words} ({', '.join(one.parts)})" for one in _LAYOUTS[kind])
     raise UserError(f"{data}: no {kind} found: the folder should be laid out as {wanted}")
+
+
+def _read_all(root: Path, layout: "_Layout", split: str | None, resolution: str | None) -> list[FrameSequence]:
+    if split is None and "val" in layout.lists(root):
+        split = "val"
+    sequences = layout.read(root, split, resolution)
+    if not sequences:
+        raise UserError(f"{root}: no folder of frames is there")
+    twin = _twin(one.name for one in sequences)
+    if twin is not None:
+        raise UserError(f"{root}: two of its sequences would have the name '{twin}', so rename one of them")
+    return [replace(one, split=split or "") for one in sequences]
+
+
+def _twin(names: Iterable[str]) -> str | None:
+    # The first name that is there more than once.
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _davis_lists(root: Path) -> dict[str, Path]:
+    lists = [path for folder in ("ImageSets", "ImageSets/2017") for path in (root / folder).glob("*.txt")]
+    return {path.stem: path for path in lists}
 
 
 def _davis_masks(root: Path, split: str | None, resolution: str | None) -> list[FrameSequence]:
     frames = _resolution(root / "JPEGImages", resolution)
     masks = root / "Annotations" / frames.name
-    return [_masked(folder, masks / folder.name) for folder in _davis_chosen(root, frames, split)]
+    return [_masked(folder, masks / folder.name) for folder in _chosen(root, _folders(frames), _davis_lists, split)]
 
 
 def _davis_points(root: Path, split: str | None, resolution: str | None) -> list[FrameSequence]:
     frames = _resolution(root / "JPEGImages", resolution)
-    chosen = _davis_chosen(root, frames, split)
-    return [_pointed(folder, root / "Keypoints" / folder.name / "keypoints.json", _json_points) for folder in chosen]
+    chosen = _chosen(root, _folders(frames), _davis_lists, split)
+    return [
+        _pointed(folder.name, folder, root / "Keypoints" / folder.name / "keypoints.json", json_points)
+        for folder in chosen
+    ]
 
 
-def _davis_chosen(root: Path, frames: Path, split: str | None) -> list[Path]:
-    lists = [path for folder in ("ImageSets", "ImageSets/2017") for path in (root / folder).glob("*.txt")]
-    return _chosen(root, _folders(frames), {path.stem: path for path in lists}, split)
+def _vip_lists(root: Path) -> dict[str, Path]:
+    return {path.stem.removesuffix("_videos"): path for path in (root / "lists").glob("*_videos.txt")}
 
 
 def _vip(root: Path, split: str | None, resolution: str | None) -> list[FrameSequence]:
     _no_resolution(root, resolution)
-    lists = {path.stem.removesuffix("_videos"): path for path in (root / "lists").glob("*_videos.txt")}
     masks = root / "Annotations" / "Category_ids"
-    return [_masked(folder, masks / folder.name) for folder in _chosen(root, _folders(root / "Images"), lists, split)]
+    chosen = _chosen(root, _folders(root / "Images"), _vip_lists, split)
+    return [_masked(folder, masks / folder.name) for folder in chosen]
 
 
 def _jhmdb(root: Path, split: str | None, resolution: str | None) -> list[FrameSequence]:
@@ -119,10 +122,16 @@ def _jhmdb(root: Path, split: str | None, resolution: str | None) -> list[FrameS
         if path is None:
             there = [str(one.relative_to(root)) for one in root.rglob("*.txt")]
             raise UserError(f"{root}: no text file '{split}' that lists videos{nearest(split, there)}")
-        videos = _listed(path, videos)
+        videos = _named(path, [_clip(path, line, videos) for line in _lines(path)])
     positions = root / "joint_positions"
+    # Clips of two actions may have the same name.
     return [
-        _pointed(video, positions / video.parent.name / video.name / "joint_positions.mat", _mat_points)
+        _pointed(
+            f"{video.parent.name}-{video.name}",
+            video,
+            positions / video.parent.name / video.name / "joint_positions.mat",
+            mat_points,
+        )
         for video in videos
     ]
 
@@ -132,18 +141,19 @@ class _Layout(NamedTuple):
     parts: tuple[str, ...]
     """Folders that it has."""
     read: Callable[[Path, str | None, str | None], list[FrameSequence]]
+    lists: Callable[[Path], dict[str, Path]]
 
     def fits(self, root: Path) -> bool:
         return all((root / part).is_dir() for part in self.parts)
 
 
-_DAVIS = _Layout("DAVIS-2017", ("JPEGImages", "Annotations"), _davis_masks)
+_DAVIS = _Layout("DAVIS-2017", ("JPEGImages", "Annotations"), _davis_masks, _davis_lists)
 _LAYOUTS: dict[Kind, tuple[_Layout, ...]] = {
     "masks": (_DAVIS,),
-    "parts": (_DAVIS, _Layout("VIP", ("Images", "Annotations/Category_ids"), _vip)),
+    "parts": (_DAVIS, _Layout("VIP", ("Images", "Annotations/Category_ids"), _vip, _vip_lists)),
     "keypoints": (
-        _Layout("DAVIS-2017 with keypoints", ("JPEGImages", "Keypoints"), _davis_points),
-        _Layout("JHMDB", ("Rename_Images", "joint_positions"), _jhmdb),
+        _Layout("DAVIS-2017 with keypoints", ("JPEGImages", "Keypoints"), _davis_points, _davis_lists),
+        _Layout("JHMDB", ("Rename_Images", "joint_positions"), _jhmdb, lambda root: {}),
     ),
 }
 
@@ -168,36 +178,61 @@ def _no_resolution(root: Path, resolution: str | None) -> None:
         raise UserError(f"{root}: there is no choice of resolution '{resolution}' in a data set laid out like this")
 
 
-def _chosen(root: Path, folders: list[Path], lists: Mapping[str, Path], split: str | None) -> list[Path]:
-    if split is None and "val" not in lists:
-        if not folders:
-            raise UserError(f"{root}: no folder of frames is there")
+def _chosen(root: Path, folders: list[Path], lists: Callable[[Path], dict[str, Path]], split: str | None) -> list[Path]:
+    if split is None:
         return folders
-    name = "val" if split is None else split
-    if name not in lists:
-        raise UserError(f"{root}: no split '{name}'{nearest(name, lists) or ': there are no lists of splits'}")
-    return _listed(lists[name], folders)
-
-
-def _listed(path: Path, folders: list[Path]) -> list[Path]:
-    by_name = {folder.name: folder for folder in folders}
-    lines = _read(lambda name: Path(name).read_text(encoding="utf-8").splitlines(), path)
-    names = [Path(line.split()[0]).name for line in lines if line.strip()]
-    for name in names:
+    there, by_name = lists(root), {folder.name: folder for folder in folders}
+    if split not in there:
+        raise UserError(f"{root}: no split '{split}'{nearest(split, there) or ': there are no lists of splits'}")
+    path = there[split]
+    found = []
+    for name in _lines(path):
         if name not in by_name:
             raise UserError(f"{path}: lists '{name}', but no such folder of frames is there{nearest(name, by_name)}")
+        found.append(by_name[name])
+    return _named(path, found)
+
+
+def _lines(path: Path) -> list[str]:
+    lines = _read(lambda name: Path(name).read_text(encoding="utf-8").splitlines(), path)
+    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise UserError(f"{path}: lists no sequence")
-    return [by_name[name] for name in names]
+    return names
+
+
+def _named(path: Path, folders: list[Path]) -> list[Path]:
+    twin = _twin(str(folder) for folder in folders)
+    if twin is not None:
+        raise UserError(f"{path}: lists '{Path(twin).name}' more than once")
+    return folders
+
+
+def _clip(path: Path, line: str, videos: Sequence[Path]) -> Path:
+    # A line is a name, which may hold spaces, or has more columns after one that does not.
+    for text in (line, line.split()[0]):
+        parts = PurePosixPath(text).parts[-2:]
+        found = [video for video in videos if video.parts[-len(parts) :] == parts]
+        if len(found) > 1:
+            words = ", ".join(f"{video.parent.name}/{video.name}" for video in found)
+            raise UserError(f"{path}: lists '{text}', which several actions have, so give one of {words}")
+        if found:
+            return found[0]
+    valid = [video.name if len(parts) == 1 else f"{video.parent.name}/{video.name}" for video in videos]
+    name = "/".join(parts)
+    raise UserError(f"{path}: lists '{text}', but no such folder of frames is there{nearest(name, valid)}")
 
 
 def _masked(folder: Path, annotations: Path) -> FrameSequence:
     frames, (height, width) = _frames(folder)
-    there = {path.stem: path for path in annotations.glob("*.png") if not path.name.startswith(".")}
+    there = {path.stem: path for path in sorted(annotations.glob("*.png")) if not path.name.startswith(".")}
     masks = tuple(there.get(frame.stem) for frame in frames)
     first = masks[0]
     if first is None:
         raise UserError(f"{annotations}: has no annotation {frames[0].stem}.png of the first frame, {frames[0]}")
+    strays = [path.name for stem, path in there.items() if stem not in {frame.stem for frame in frames}]
+    if strays:
+        raise UserError(f"{annotations}: {len(strays)} of its files are of no frame in {folder}, first {strays[0]}")
     for path in masks:
         if path is not None and _size(path) != (height, width):
             h, w = _size(path)
@@ -206,10 +241,10 @@ def _masked(folder: Path, annotations: Path) -> FrameSequence:
     if not object_ids(mask):
         held = " and ".join(map(str, np.unique(mask)))
         raise UserError(f"{first}: the first mask holds no object, only {held} (0 is background, {VOID} is void)")
-    return FrameSequence(folder.name, frames, masks)
+    return FrameSequence(folder.name, frames, (height, width), masks)
 
 
-def _pointed(folder: Path, annotation: Path, read: Callable[[Path, tuple[int, int]], Points]) -> FrameSequence:
+def _pointed(name: str, folder: Path, annotation: Path, read: Callable[[Path, FrameSize], Points]) -> FrameSequence:
     frames, size = _frames(folder)
     if not annotation.is_file():
         raise UserError(f"{annotation}: no such file, so the frames in {folder} have no keypoints{sibling(annotation)}")
@@ -218,37 +253,19 @@ def _pointed(folder: Path, annotation: Path, read: Callable[[Path, tuple[int, in
         raise UserError(f"{annotation}: has keypoints of {len(points.truth)} frames, but {folder} has {len(frames)}")
     if not points.visible[0].any():
         raise UserError(f"{annotation}: no keypoint is visible in the first frame, so there is nothing to follow")
-    return FrameSequence(folder.name, frames, points=points)
+    return FrameSequence(name, frames, size, points=points)
 
 
-def _json_points(path: Path, size: tuple[int, int]) -> Points:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    objects = {int(name): np.array(one["keypoints"], np.float64) for name, one in content["objects"].items()}
-    places = np.concatenate(list(objects.values()), axis=1)
-    if places.ndim != 3 or places.shape[2] != 3:
-        raise BrokenFile("keypoints should be [x, y, visible] for every frame and point")
-    kinds = [str(content["points"][i]) for one in objects.values() for i in range(one.shape[1])]
-    owners = np.repeat(list(objects), [one.shape[1] for one in objects.values()])
-    return Points(places[..., :2], places[..., 2] > 0, tuple(kinds), owners)
-
-
-def _mat_points(path: Path, size: tuple[int, int]) -> Points:
-    truth = np.asarray(loadmat(path)["pos_img"], np.float64).transpose(2, 1, 0) - 1  # Matlab counts from 1
-    if truth.shape[1:] != (len(JOINTS), 2):
-        raise BrokenFile(f"pos_img should be [2, {len(JOINTS)}, frames], but is {[*truth.T.shape]}")
-    visible: Bools = np.array(np.isfinite(truth).all(2))
-    # Joints are known outside the picture too, but one that begins there has no token to be followed from.
-    height, width = size
-    visible[0] &= ((truth[0] >= -0.5) & (truth[0] < [width - 0.5, height - 0.5])).all(1)
-    return Points(truth, visible, JOINTS, np.ones(len(JOINTS), np.int64))
-
-
-def _frames(folder: Path) -> tuple[tuple[Path, ...], tuple[int, int]]:
+def _frames(folder: Path) -> tuple[tuple[Path, ...], FrameSize]:
     # Height and width come from the headers: what does not fit is said before anything is computed.
     found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES and not path.name.startswith(".")]
     if len(found) < 2:
         raise UserError(f"{folder}: at least 2 frames are needed, but {len(found)} found")
     frames = tuple(sorted(found, key=_by_numbers))
+    twin = _twin(frame.stem for frame in frames)
+    if twin is not None:
+        words = ", ".join(frame.name for frame in frames if frame.stem == twin)
+        raise UserError(f"{folder}: {words} would be the same frame; keep one of them")
     height, width = _size(frames[0])
     for frame in frames[1:]:
         if _size(frame) != (height, width):
@@ -261,8 +278,8 @@ def _by_numbers(path: Path) -> list[tuple[int, str]]:
     return [(int(part), part) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
 
 
-def _size(path: Path) -> tuple[int, int]:
-    def header(name: str) -> tuple[int, int]:
+def _size(path: Path) -> FrameSize:
+    def header(name: str) -> FrameSize:
         with opened(name) as image:
             width, height = upright_size(image)
         return height, width

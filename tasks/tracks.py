@@ -11,9 +11,10 @@ from torch.nn.functional import interpolate
 from mmssl.files import write_json
 from tasks.films import dots, overlay, resized_mask
 from tasks.keypoints import from_heatmaps, scales, to_heatmaps, tracked
+from tasks.point_files import Points
 from tasks.report import Picture
 from tasks.segments import VOID, Bools, Floats, Ids
-from tasks.sequences import FrameSequence, Points, read_mask, write_mask
+from tasks.sequences import FrameSequence, read_mask, write_mask
 
 SHOWN_ALPHA = 0.1
 """A keypoint that is further off than this share of its object's scale is drawn as missed."""
@@ -90,9 +91,9 @@ class MaskTrack:
 class PointTrack:
     """Keypoints: each frame's places in pixels, float64 [k, 2], NaN where a point was lost."""
 
-    def __init__(self, sequence: FrameSequence, size: tuple[int, int]) -> None:
+    def __init__(self, sequence: FrameSequence) -> None:
         assert sequence.points is not None
-        self.sequence, self.points, self.size = sequence, sequence.points, size
+        self.sequence, self.points, self.size = sequence, sequence.points, sequence.size
         given = self.points.visible[0, :, None]
         self.found = [np.where(given, self.points.truth[0], np.nan)]
 

@@ -36,7 +36,7 @@ GRIDS = [(1, 1), (1, 9), (9, 1), (5, 7), (7, 5), (2, 17), (13, 11), (3, 130)]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("radius", [0, 1, 3, 200])
+@pytest.mark.parametrize("radius", [0, 1, 3, 200, 10**20])
 @pytest.mark.parametrize("topk", [1, 5, 40, 2000])
 def test_the_fast_path_gives_the_labels_of_its_dense_twin(grid, radius, topk):
     tokens = grid[0] * grid[1]
@@ -73,6 +73,13 @@ def test_equal_similarities_go_to_the_nearest_place_then_in_reading_order_then_t
         found.frame.tolist(), found.token.tolist(), by_hand(query, sources, grid, radius, topk), strict=True
     ):
         assert list(zip(frames, tokens, strict=True))[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("grid", [(1, 600), (600, 1)], ids=str)
+def test_the_least_difference_outweighs_the_largest_distance(grid):
+    source = torch.full((600, 1), 0.5)
+    source[599] = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0))
+    assert nearest(torch.ones(600, 1), [source], grid, 0, 2).token[:2].tolist() == [[599, 0], [599, 1]]
 
 
 def test_values_are_the_similarities_and_missing_ones_are_minus_infinity():
@@ -146,13 +153,15 @@ def test_the_context_is_the_first_frame_once_and_the_last_ones(monkeypatch, cont
     assert seen == wanted
 
 
-def test_the_class_does_what_dense_steps_do_by_hand():
-    grid, context = (5, 8), 2
-    video, labels = torch.randn(6, 40, 8, generator=torch.Generator().manual_seed(0)), [soft(40, 3)]
+@pytest.mark.parametrize(("context", "room"), [(2, 3), (4, 5), (9, 10), (10**20, 16)])
+def test_the_class_does_what_dense_steps_do_by_hand(context, room, monkeypatch):
+    monkeypatch.setattr(propagation, "ROOM", 2)
+    grid = 5, 8
+    video, labels = torch.randn(12, 40, 8, generator=torch.Generator().manual_seed(0)), [soft(40, 3)]
     normal = F.normalize(video, dim=-1)
     carrier = Propagator(grid, context=context, radius=2, topk=4, temperature=0.2)
     carrier.start(video[0], labels[0])
-    for t in range(1, 6):
+    for t in range(1, 12):
         used = [0, *range(max(1, t - context), t)]
         labels.append(
             dense_propagate(
@@ -160,6 +169,7 @@ def test_the_class_does_what_dense_steps_do_by_hand():
             )
         )
         assert (carrier.step(video[t]) - labels[t]).abs().max() <= 1e-6
+    assert len(carrier._features) == len(carrier._labels) == room
 
 
 def run(video, labels, **settings):

@@ -3,15 +3,32 @@
 import numpy as np
 import pytest
 
-from tasks.films import COLOURS, GREY, STRENGTH, colours, dots, outline, overlay, resized_mask, sheet, shrunk, spread
+from tasks.films import (
+    ALIKE,
+    COLOURS,
+    GREY,
+    PALETTE,
+    RIM,
+    STRENGTH,
+    dots,
+    outline,
+    overlay,
+    palette,
+    resized_mask,
+    sheet,
+    shrunk,
+    spread,
+)  # fmt: skip
 from tasks.panels_page import draw
 
 
-def test_the_inside_is_tinted_the_outline_is_full_and_the_rest_untouched():
+def test_the_inside_is_tinted_the_outline_is_full_with_a_dark_rim_and_the_rest_untouched():
     frame, mask = np.full((20, 30, 3), 100, np.uint8), np.zeros((20, 30), np.uint8)
     mask[5:15, 10:20] = 2
     drawn = overlay(frame, mask)
-    assert (drawn[mask == 0] == 100).all()
+    assert (drawn[4, 10:20] == RIM).all()
+    assert (drawn[16:] == 100).all()
+    assert (drawn[:, :9] == 100).all()
     assert (drawn[10, 15] == np.round((1 - STRENGTH) * 100 + STRENGTH * COLOURS[1])).all()
     assert (drawn[5, 10:20] == COLOURS[1]).all()
     assert (frame == 100).all()
@@ -34,20 +51,37 @@ def test_an_object_that_fills_the_frame_has_no_outline_at_its_border():
 
 
 def test_colours_belong_to_numbers_and_come_again():
-    assert (colours(np.array([1, 1 + len(COLOURS)])) == COLOURS[0]).all()
-    assert (colours(np.array([255])) == GREY).all()
+    assert (PALETTE[[1, 1 + len(COLOURS)]] == COLOURS[0]).all()
+    assert (PALETTE[255] == GREY).all()
     apart = np.linalg.norm(COLOURS[:, None].astype(float) - COLOURS, axis=-1) + 1000 * np.eye(len(COLOURS))
     assert apart.min() > 60
 
 
-def test_dots_are_filled_or_rings_with_a_white_rim():
+def test_a_persons_colours_are_taken_and_dark_ones_made_brighter():
+    table = palette({2: (0, 0, 64), 5: (255, 200, 0)})
+    assert table[2].tolist() == [0, 0, 220]
+    assert table[5].tolist() == [255, 200, 0]
+    assert (np.delete(table, [2, 5], 0) == np.delete(PALETTE, [2, 5], 0)).all()
+
+
+@pytest.mark.parametrize(
+    "own", [{1: (64, 0, 0), 2: (128, 0, 0)}, {1: (0, 0, 0)}, {1: (200, 0, 0), 2: (200, 0, ALIKE - 1)}]
+)
+def test_colours_that_could_not_be_told_apart_are_not_taken(own):
+    assert (palette(own) == PALETTE).all()
+
+
+def test_dots_are_filled_or_crosses_with_a_white_rim():
     frame = np.zeros((60, 80, 3), np.uint8)
     drawn = dots(
         frame, np.array([[20.0, 30.0], [50.0, 30.0], [np.nan, 3.0]]), np.array([1, 2, 1]), np.array([True, False, True])
     )
     assert (drawn[30, 20] == COLOURS[0]).all()
-    assert (drawn[30, 50] == 255).all()
     assert (drawn[30, 23] > 200).all()
+    # The middle and the arms of the cross; between these is the frame.
+    assert (drawn[30, 50] == COLOURS[1]).all()
+    assert (drawn[[28, 32], [48, 52]] == COLOURS[1]).all()
+    assert not drawn[30, 54].any()
     assert not drawn[:20].any()
 
 

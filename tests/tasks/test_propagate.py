@@ -2,41 +2,26 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from media import write_animation, write_frames, write_video
+from marked import SIZE, moving_square, texture
+from rich.console import Console
 
 import mmssl
-from mmssl.errors import UserError
+from mmssl.errors import MmsslError, UserError
 from modalities.encoder import Encoder, EncoderConfig, typed
-from tasks import propagate_source as over_source
+from tasks import propagate as over_data
 from tasks.films import COLOURS
-from tasks.first_mask import read_first_mask
 from tasks.following import Follower, checked, fitting, fresh
 from tasks.propagate import propagate
-from tasks.propagate_source import propagate_source
+from tasks.propagate_rows import pace
+from tasks.propagate_scores import counted
 from tasks.sequences import PALETTE, find_sequences, read_mask, write_mask
 from tasks.tracks import PointTrack, area_labels, mask_of
-
-SIZE = 48, 64
-
-
-def texture(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
-
-
-def moving_square(count=8, step=4, side=16):
-    """A textured square goes right over a smooth background, ``step`` pixels per frame."""
-    rows = np.mgrid[: SIZE[0], : SIZE[1]][0]
-    background = np.stack([60 + rows, 90 + rows, 120 + rows], axis=-1).astype(np.uint8)
-    frames, masks = np.tile(background, (count, 1, 1, 1)), np.zeros((count, *SIZE), np.uint8)
-    for t in range(count):
-        place = np.s_[t, 16 : 16 + side, 8 + step * t : 8 + step * t + side]
-        frames[place], masks[place] = texture(side, side), 1
-    return frames, masks
 
 
 def stripes(count=6):
@@ -217,7 +202,7 @@ def test_random_weights_are_those_of_the_seed_and_leave_the_generator_alone(tiny
 def test_points_are_drawn_where_they_are_on_a_smaller_frame(tmp_path):
     # The middle of a pixel of the smaller frame, which shows 4 x 4 of the larger one.
     data = write_points(tmp_path / "data", "a", np.zeros((2, 40, 80, 3), np.uint8), np.full((2, 1, 2), 21.5))
-    track = PointTrack(find_sequences(data, "keypoints")[0], (40, 80))
+    track = PointTrack(find_sequences(data, "keypoints")[0])
     drawn = track.true(0, np.zeros((10, 20, 3), np.uint8))
     assert (drawn[5, 5] == COLOURS[0]).all()
     assert np.array_equal(drawn[1:10, 1:10], drawn[1:10, 1:10][::-1, ::-1])
@@ -277,6 +262,69 @@ def test_without_later_annotations_there_are_masks_and_no_scores(tiny_encoder, t
     assert not (tmp_path / "out" / "global_results.csv").exists()
 
 
+def test_what_is_followed_and_what_all_means_is_written(tiny_encoder, tmp_path, capsys):
+    data = write_davis(tmp_path / "data", still=stripes(), square=moving_square())
+    result = propagate(tiny_encoder(), data, out=tmp_path / "out", encoder_name="runs/mine", layer=-1)
+    written = json.loads((tmp_path / "out" / "propagate.json").read_text())
+    assert [written[key] for key in ("encoder", "data", "split", "complete")] == ["runs/mine", str(data), "", True]
+    assert written["over"] == "the 4 objects"
+    assert "block 2 (the last)" in str(result.settings)
+    result.render(Console(width=200))
+    assert "all: mean over the 4 objects of 2 sequences;" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "runs/mine" in page
+    assert "The first and the last frame are not scored" in page
+    assert len(re.findall('alt="frame .: found"', page)) == len(re.findall('alt="truth"', page)) == 8
+    assert len(repr(result)) < 1500
+    pixels = propagate(tiny_encoder(), data, "parts", tmp_path / "pixels", layer="patches", films=False)
+    assert pixels.how().startswith("no weights: the pixels of the patches; frames in their own size")
+    assert pixels.over == "the 3 classes (the background, 0, is one)"
+
+
+def test_only_the_best_and_the_worst_sequence_are_shown_frame_by_frame(tiny_encoder, tmp_path):
+    frames, masks = stripes()
+    lost = masks.copy()
+    lost[1:] = np.roll(lost[1:], 8, axis=2)
+    half = masks.copy()
+    half[2:3] = lost[2:3]
+    data = write_davis(tmp_path / "data", a=(frames, half), b=(frames, lost), c=(frames, masks))
+    result = propagate(tiny_encoder(), data, out=tmp_path / "out", layer="patches", topk=1)
+    assert [row.value == 1 for row in result.sequences] == [False, False, True]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.findall(">(., the [a-z]*)<", page) == ["c, the best", "b, the worst"]
+    assert page.count('alt="frame 4: found"') == 2
+
+
+def test_speeds_and_numbers_read_well():
+    assert [pace(speed) for speed in (0.132, 25.5)] == ["7.6 seconds per frame", "25.5 frames per second"]
+    assert [counted(n, "sequence") for n in (1, 2, 1000)] == ["1 sequence", "2 sequences", "1,000 sequences"]
+
+
+def test_points_that_are_never_seen_again_are_not_scored(tiny_encoder, tmp_path, capsys):
+    points = np.full((3, 2, 2), 20.0)
+    data = write_points(tmp_path / "data", "gone", np.zeros((3, *SIZE, 3), np.uint8), points)
+    path = data / "Keypoints" / "gone" / "keypoints.json"
+    content = json.loads(path.read_text())
+    content["objects"]["1"]["keypoints"][1:] = [[[20, 20, 0]] * 2] * 2
+    path.write_text(json.dumps(content))
+    alone = propagate(tiny_encoder(), data, "keypoints", tmp_path / "alone", layer="patches")
+    assert (alone.scores, alone.sequences[0].scored) == ({}, None)
+    assert "none of their points is visible after the first frame: gone" in alone.notes[0]
+    content["objects"]["2"] = {"keypoints": [[[20, 20, 1], [30, 30, 1]]] * 3}
+    path.write_text(json.dumps(content))
+    result = propagate(tiny_encoder(), data, "keypoints", tmp_path / "two", layer="patches")
+    assert list(result.sequences[0].scored.parts) == ["2"]
+    assert result.over == "the 2 kinds of points"
+    result.render(Console(width=200))
+    assert "nan" not in capsys.readouterr().out + (tmp_path / "two" / "report.html").read_text().split("</style>")[1]
+
+
+def test_how_far_it_is_is_said_within_a_sequence(ask, saved, square, tmp_path, monkeypatch):
+    monkeypatch.setattr(over_data, "SPEAK_EVERY", -1)
+    _, _, err = ask("propagate", saved, "--data", square, "--layer", "patches", "--no-films", "--out", tmp_path / "out")
+    assert [f"square: {n} of 8 frames" for n in range(2, 9)] == err.splitlines()[:7]
+
+
 def test_the_command_prints_one_object_that_is_also_in_the_folder(ask, saved, square, tmp_path):
     words = ("propagate", saved, "--data", square, "--layer", "patches", "--no-films", "--out", tmp_path / "out")
     code, out, err = ask(*words, "--json")
@@ -303,147 +351,6 @@ def test_it_is_part_of_the_public_api():
     assert mmssl.propagate is propagate
 
 
-# A person's own video
-
-
-def test_a_video_is_followed_frame_by_frame(tiny_encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(over_source, "PIECE", 3 * 3 * SIZE[0] * SIZE[1])  # three frames at a time
-    frames, masks = moving_square()
-    write_video(tmp_path / "film.mp4", frames, fps=10, crf="1")
-    PIL.Image.fromarray(masks[0] * 255).save(tmp_path / "mask.png")
-    result = propagate_source(
-        tiny_encoder(), tmp_path / "film.mp4", tmp_path / "mask.png", tmp_path / "out", layer="patches"
-    )
-    found = [read_mask(path) for path in sorted((tmp_path / "out" / "masks").iterdir())]
-    assert len(found) == 8
-    assert np.array_equal(found[0], masks[0])
-    assert all((mask == truth).mean() > 0.97 for mask, truth in zip(found, masks, strict=True))
-    assert result.areas["1"][0] == pytest.approx(256 / 3072)
-    assert result.settings.short_side == 48
-    with over_source.open_video(str(tmp_path / "out" / "overlay.mp4")) as film:
-        assert (film.frames, film.size) == (8, SIZE)
-        assert film.fps == pytest.approx(10)
-        played = film.read([0, 7]).astype(float)
-    # Red is laid over the square and nothing over the rest.
-    assert played[1, 20:28, 40:48, 0].mean() > frames[7, 20:28, 40:48, 0].mean() + 30
-    assert np.abs(played[1, :10] - frames[7, :10]).mean() < 5
-    for name in ("sheet.png", "report.html", "propagate.json"):
-        assert (tmp_path / "out" / name).is_file()
-
-
-@pytest.mark.parametrize("form", ["folder", "film.gif", "piece"])
-def test_folders_animations_and_pieces_are_videos_too(ask, saved, tmp_path, form):
-    frames, masks = moving_square()
-    if form == "folder":
-        source = write_frames(tmp_path / "frames", frames[:, :47, :63])
-        masks = masks[:, :47, :63]
-    elif form == "piece":
-        source, masks = f"{write_video(tmp_path / 'film.mp4', frames, fps=10, crf='1')}#t=0.2,0.7", masks[2:7]
-    else:
-        source = write_animation(tmp_path / form, frames)
-    write_mask(tmp_path / "mask.png", masks[0])
-    code, out, _ = ask(
-        "propagate", saved, "--source", source, "--first-mask", tmp_path / "mask.png", "--layer", "patches",
-        "--out", tmp_path / "out", "--json",
-    )  # fmt: skip
-    assert code == 0
-    assert json.loads(out)["frames"] == len(masks)
-    found = [read_mask(path) for path in sorted((tmp_path / "out" / "masks").iterdir())]
-    assert (found[4] == masks[4]).mean() > 0.95
-    with over_source.open_video(str(tmp_path / "out" / "overlay.mp4")) as film:
-        assert film.frames == len(masks)
-        assert film.size == tuple(side - side % 2 for side in masks.shape[1:])
-
-
-def test_what_is_stopped_leaves_whole_files(tiny_encoder, tmp_path, monkeypatch):
-    frames, masks = moving_square()
-    write_frames(tmp_path / "frames", frames)
-    write_mask(tmp_path / "mask.png", masks[0])
-    taken = []
-
-    def stop_at_the_fifth(*words):
-        taken.append(words)
-        if len(taken) == 4:
-            raise KeyboardInterrupt
-        return mask_of(*words)
-
-    monkeypatch.setattr(over_source, "mask_of", stop_at_the_fifth)
-    with pytest.raises(KeyboardInterrupt):
-        propagate_source(tiny_encoder(), tmp_path / "frames", tmp_path / "mask.png", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["masks", "overlay.mp4"]
-    assert len(list((tmp_path / "out" / "masks").iterdir())) == 4
-    with over_source.open_video(str(tmp_path / "out" / "overlay.mp4")) as film:
-        assert film.frames == 4
-
-
-def test_colours_survive_in_the_film(tmp_path):
-    colour = np.array([210, 50, 20], np.uint8)
-    with over_source.recording(tmp_path / "a.mp4", 25, SIZE) as record:
-        record(np.full((*SIZE, 3), colour))
-    with over_source.open_video(str(tmp_path / "a.mp4")) as film:
-        assert np.abs(film.read([0]).mean((0, 1, 2)) - colour).max() < 4
-
-
-def test_nothing_is_left_of_a_film_without_frames(tmp_path):
-    with pytest.raises(ValueError, match="before"), over_source.recording(tmp_path / "a.mp4", 25, SIZE):
-        raise ValueError("before the first frame")
-    assert list(tmp_path.iterdir()) == []
-
-
-def save(path, pixels, mode=None):
-    image = PIL.Image.fromarray(pixels) if mode is None else PIL.Image.fromarray(pixels, mode)
-    image.save(path)
-    return path
-
-
-def test_first_masks_of_every_kind(tmp_path):
-    ids = np.zeros((6, 8), np.uint8)
-    ids[1:3, 1:3], ids[3:5, 4:7] = 1, 2
-    one = (ids > 0).astype(np.uint8)
-    path = tmp_path / "m.png"
-    write_mask(path, np.where(ids == 0, 255, ids).astype(np.uint8))
-    assert np.array_equal(read_first_mask(path, (6, 8)).ids, ids)
-    colours = np.array([[0, 0, 0], [0, 0, 255], [255, 0, 0]], np.uint8)
-    assert np.array_equal(read_first_mask(save(path, colours[ids]), (6, 8)).ids, ids)
-    assert np.array_equal(read_first_mask(save(path, ids * 100), (6, 8)).ids, ids * 100)
-    assert np.array_equal(read_first_mask(save(path, ids * 127 + one), (6, 8)).ids, ids)  # 128 and 255
-    for white in (one * 255, one.astype(bool), np.repeat(one[..., None] * 255, 3, axis=2)):
-        assert np.array_equal(read_first_mask(save(path, white), (6, 8)).ids, one)
-    see_through = np.dstack([np.full((6, 8, 3), 200, np.uint8), one * 255])
-    assert np.array_equal(read_first_mask(save(path, see_through), (6, 8)).ids, one)
-
-
-def test_soft_edges_of_a_white_object_are_cut_and_it_is_said(tmp_path):
-    rows, columns = np.mgrid[:40, :40]
-    soft = (255 * (12.5 - np.hypot(rows - 20, columns - 20)).clip(0, 8) / 8).astype(np.uint8)
-    mask, notes = read_first_mask(save(tmp_path / "m.png", soft), (40, 40))
-    assert np.array_equal(mask, soft >= 128)
-    assert "soft edges" in notes[0]
-
-
-def test_a_mask_of_the_same_proportions_is_scaled_and_it_is_said(tmp_path):
-    small = np.zeros((6, 8), np.uint8)
-    small[2:4, 3:6] = 5
-    write_mask(tmp_path / "m.png", small)
-    mask, notes = read_first_mask(tmp_path / "m.png", (12, 16))
-    assert np.array_equal(mask, small.repeat(2, 0).repeat(2, 1))
-    assert "8 x 6 to 16 x 12" in notes[0]
-
-
-@pytest.mark.parametrize(
-    ("pixels", "words"),
-    [
-        (np.zeros((6, 8), np.uint8), "marks nothing"),
-        (np.ones((8, 8), np.uint8), "other proportions"),
-        (texture(6, 8), "48 colours"),
-        (np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000, "below 255"),
-    ],
-)
-def test_a_mask_that_says_nothing_clear_is_a_mistake(tmp_path, pixels, words):
-    with pytest.raises(UserError, match=words):
-        read_first_mask(save(tmp_path / "m.png", pixels), (6, 8))
-
-
 # Mistakes
 
 
@@ -454,6 +361,7 @@ def test_a_mask_that_says_nothing_clear_is_a_mistake(tmp_path, pixels, words):
         (["--radius", "-1"], "--radius must be at least 0"),
         (["--context", "-1"], "--context must be at least 0"),
         (["--short-side", "0"], "--short-side must be at least 1"),
+        (["--short-side", "193"], "--short-side 193 is too large for frames of 64 x 48 pixels: at most 192"),
         (["--temperature", "0"], "--temperature must be above 0"),
         (["--layer", "99"], "this encoder has 2 blocks"),
         (["--layer", "0"], "this encoder has 2 blocks"),
@@ -474,38 +382,60 @@ def test_mistakes_are_said_before_anything_is_computed(ask, saved, square, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_beyond_the_film_take_all_of_it(tiny_encoder, square, tmp_path):
+    encoder = tiny_encoder()
+    all_of_it, beyond = (
+        propagate(encoder, square, out=tmp_path / name, films=False, context=context, radius=radius, topk=topk)
+        for name, context, radius, topk in (("a", 8, 0, 2000), ("b", 10**20, 10**20, 10**20))
+    )
+    assert beyond.scores == all_of_it.scores
+
+
+def test_an_encoder_that_has_diverged_is_said_to_be(ask, tiny_encoder, square, tmp_path):
+    encoder = tiny_encoder()
+    with torch.no_grad():
+        next(iter(encoder.backbone.parameters())).fill_(torch.nan)
+    encoder.save(tmp_path / "encoder")
+    code, _, err = ask("propagate", tmp_path / "encoder", "--data", square, "--out", tmp_path / "out")
+    assert code == 3
+    assert "features of block 2 are NaN or infinite: its training has diverged" in err
+
+
+@pytest.mark.parametrize("where", ["features", "start", "step"])
+def test_out_of_memory_names_what_can_be_lowered(tiny_encoder, where, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore")
+
+    encoder = tiny_encoder()
+    follower = Follower(encoder, checked(encoder, {}), SIZE)
+    monkeypatch.setattr(*((follower, "features") if where == "features" else (follower._propagator, where)), fail)
+    with pytest.raises(MmsslError, match=r"memory \(.*allocate memory\); lower --short-side or --context$"):
+        frames, masks = moving_square(2)
+        follower.start(frames[:1], area_labels(masks[0], np.array([0, 1], np.uint8), follower.grid))
+        next(follower.follow(frames[1:]))
+
+
+def test_a_break_in_a_later_sequence_keeps_what_was_done(ask, saved, tmp_path):
+    data = write_davis(tmp_path / "data", a=stripes(), b=moving_square())
+    frame = data / "JPEGImages" / "480p" / "b" / "00006.png"
+    frame.write_bytes(frame.read_bytes()[:1000])
+    out = tmp_path / "out"
+    code, _, err = ask("propagate", saved, "--data", data, "--out", out, "--no-films")
+    assert code == 3
+    assert f"{frame}: truncated; the scores and files of the 1 sequence before it are in {out}" in err
+    written = json.loads((out / "propagate.json").read_text())
+    assert (written["complete"], [row["name"] for row in written["sequences"]]) == (False, ["a"])
+    assert written["notes"] == ["only 1 of 2 sequences followed so far"]
+    assert len(list((out / "masks" / "a").iterdir())) == 6
+    assert len((out / "per_sequence_results.csv").read_text().splitlines()) == 4
+
+
 def test_a_folder_with_something_in_it_is_refused(ask, saved, square, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     code, _, err = ask("propagate", saved, "--data", square, "--out", tmp_path / "out")
     assert code == 2
     assert "not empty" in err
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ([], "--data"),
-        (["--source", "film.mp4"], "--first-mask"),
-        (["--source", "film.mp4", "--first-mask", "m.png"], "no such video; did you mean 'films.mp4'?"),
-        (["--source", "film.mp4", "--first-mask", "m.png", "--kind", "parts"], "--kind is for --data"),
-        (["--source", "films.mp4", "--first-mask", "n.png"], "no such mask; did you mean 'm.png'?"),
-    ],
-)
-def test_mistakes_with_ones_own_video(ask, saved, tmp_path, monkeypatch, words, says):
-    monkeypatch.chdir(tmp_path)
-    write_video(tmp_path / "films.mp4", moving_square(2)[0])
-    write_mask(tmp_path / "m.png", moving_square(1)[1][0])
-    code, _, err = ask("propagate", saved, *words, "--out", tmp_path / "out")
-    assert code == 2
-    assert says in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_single_frame_is_no_video(tiny_encoder, tmp_path):
-    write_frames(tmp_path / "frames", moving_square(1)[0])
-    with pytest.raises(UserError, match="one frame only"):
-        propagate_source(tiny_encoder(), tmp_path / "frames", tmp_path / "m.png", tmp_path / "out")
 
 
 def test_broken_files_are_named(ask, saved, square, tmp_path):

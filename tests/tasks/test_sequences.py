@@ -1,6 +1,7 @@
 """Data sets in every layout, made of 12 x 16 pictures; every mistake's sentence; masks written and read back."""
 
 import json
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -8,7 +9,8 @@ import pytest
 from scipy.io import savemat
 
 from mmssl.errors import UnusableData, UserError
-from tasks.sequences import JOINTS, PALETTE, find_sequences, read_mask, write_mask
+from tasks.point_files import JOINTS
+from tasks.sequences import PALETTE, find_sequences, read_mask, write_mask
 
 
 def draw(path, size=(12, 16)):
@@ -190,7 +192,8 @@ def test_keypoints(keys):
 
 def test_jhmdb(jhmdb):
     found = find_sequences(jhmdb, "keypoints")
-    assert names(found) == ["ball_1", "ball_2", "hand_1"]
+    assert names(found) == ["catch-ball_1", "catch-ball_2", "wave-hand_1"]
+    assert {(one.split, one.size) for one in found} == {("", (12, 16))}
     points = found[0].points
     assert points.truth.shape == (3, 15, 2)
     assert points.names == points.kinds == JOINTS
@@ -203,13 +206,38 @@ def test_jhmdb(jhmdb):
 
 
 def test_jhmdb_takes_the_videos_of_a_list(jhmdb, tmp_path):
-    write(tmp_path / "mine.txt", "elsewhere/Rename_Images/wave/hand_1 elsewhere/hand_1/joint_positions.mat", "ball_2")
-    assert names(find_sequences(jhmdb, "keypoints", split=str(tmp_path / "mine.txt"))) == ["hand_1", "ball_2"]
+    mine = tmp_path / "mine.txt"
+    write(mine, "elsewhere/Rename_Images/wave/hand_1 elsewhere/hand_1/joint_positions.mat", "ball_2", "", "ball_1 2")
+    found = find_sequences(jhmdb, "keypoints", split=str(mine))
+    assert names(found) == ["wave-hand_1", "catch-ball_2", "catch-ball_1"]
+    assert {one.split for one in found} == {str(mine)}
     write(jhmdb / "splits" / "test.txt", "ball_3")
     with pytest.raises(UserError, match=r"lists 'ball_3', but no such folder of frames .*; did you mean 'ball_2'"):
         find_sequences(jhmdb, "keypoints", split="splits/test.txt")
     with pytest.raises(UserError, match=r"no text file 'split/test.txt' that lists videos; did you mean 'splits/test"):
         find_sequences(jhmdb, "keypoints", split="split/test.txt")
+    for line, says in (("wave/ball_1", "did you mean 'wave/hand_1'"), ("/", "lists '/', but no such folder")):
+        write(mine, line)
+        with pytest.raises(UserError, match=says):
+            find_sequences(jhmdb, "keypoints", split=str(mine))
+
+
+def test_clips_of_the_same_name_in_two_actions_are_told_apart(jhmdb, tmp_path):
+    for kind in ("Rename_Images", "joint_positions"):
+        shutil.copytree(jhmdb / kind / "catch" / "ball_1", jhmdb / kind / "wave" / "ball_1")
+        (jhmdb / kind / "wave" / "hand_1").rename(jhmdb / kind / "wave" / "a hand")
+    assert names(find_sequences(jhmdb, "keypoints")) == ["catch-ball_1", "catch-ball_2", "wave-a hand", "wave-ball_1"]
+    mine = tmp_path / "mine.txt"
+    write(mine, "wave/ball_1", "a hand", "x/Rename_Images/catch/ball_1 1")
+    found = find_sequences(jhmdb, "keypoints", split=str(mine))
+    assert names(found) == ["wave-ball_1", "wave-a hand", "catch-ball_1"]
+    assert found[0].frames[0].parent == jhmdb / "Rename_Images" / "wave" / "ball_1"
+    write(mine, "ball_2", "ball_1")
+    with pytest.raises(UserError, match=r"lists 'ball_1', which several actions have, .* catch/ball_1, wave/ball_1$"):
+        find_sequences(jhmdb, "keypoints", split=str(mine))
+    write(mine, "ball_2", "catch/ball_2")
+    with pytest.raises(UserError, match="lists 'ball_2' more than once"):
+        find_sequences(jhmdb, "keypoints", split=str(mine))
 
 
 def test_folders_that_are_not_there_or_hold_something_else(davis, tmp_path):
@@ -242,8 +270,33 @@ def test_lists_that_name_nothing_or_something_else(davis):
     write(val, "")
     with pytest.raises(UserError, match=r"val.txt: lists no sequence"):
         find_sequences(davis, "masks")
+    write(val, "bear", "dog", "bear")
+    with pytest.raises(UserError, match=r"val.txt: lists 'bear' more than once"):
+        find_sequences(davis, "masks")
+    for line in ("480p/bear", "/"):
+        write(val, line)
+        with pytest.raises(UserError, match=f"lists '{line}', but no such folder"):
+            find_sequences(davis, "masks")
     val.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UnusableData, match=r"val.txt: "):
+        find_sequences(davis, "masks")
+
+
+def test_a_line_of_a_list_is_a_name_that_may_hold_spaces(davis):
+    for kind in ("JPEGImages", "Annotations"):
+        (davis / kind / "480p" / "dog").rename(davis / kind / "480p" / "my dog")
+    write(davis / "ImageSets" / "2017" / "val.txt", "my dog ", "bear")
+    assert [(one.name, one.split) for one in find_sequences(davis, "masks")] == [("my dog", "val"), ("bear", "val")]
+
+
+def test_annotations_without_a_frame_and_frames_that_are_the_same(davis):
+    annotations = davis / "Annotations" / "480p" / "dog"
+    annotate(annotations / "1.png")
+    annotate(annotations / "00007.png")
+    with pytest.raises(UserError, match=r"480p/dog: 2 of its files are of no frame in .*dog, first 00007.png"):
+        find_sequences(davis, "masks")
+    draw(davis / "JPEGImages" / "480p" / "dog" / "00001.png")
+    with pytest.raises(UserError, match=r"480p/dog: 00001.jpg, 00001.png would be the same frame"):
         find_sequences(davis, "masks")
 
 
@@ -289,7 +342,7 @@ def test_keypoints_that_do_not_fit(keys):
     with pytest.raises(UserError, match="no keypoint is visible in the first frame"):
         find_sequences(keys, "keypoints")
     write(path, json.dumps({"points": ["nose"], "objects": {"1": {"keypoints": [[[1, 2]], [[1, 2]]]}}}))
-    with pytest.raises(UnusableData, match=r"keypoints.json: keypoints should be \[x, y, visible\]"):
+    with pytest.raises(UnusableData, match=r"keypoints.json: object 1: keypoints should be \[x, y, vis"):
         find_sequences(keys, "keypoints")
     for broken in ("{", "{}", "[]"):
         write(path, broken)
@@ -300,10 +353,51 @@ def test_keypoints_that_do_not_fit(keys):
         find_sequences(keys, "keypoints")
 
 
+def point_file(*objects, names=("nose", "tail")):
+    return {"points": list(names), "objects": {name: {"keypoints": rows} for name, rows in objects}}
+
+
+ROWS = [[[1, 2, 1], [3, 4, 1]], [[1, 2, 1], [3, 4, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([], 'a list "points" of names'),
+        ({"objects": {"1": {"keypoints": ROWS}}}, 'a list "points" of names'),
+        (point_file(), "at least one of them"),
+        (point_file(("0", ROWS)), "1 to 255, but one is '0'"),
+        (point_file(("256", ROWS)), "1 to 255, but one is '256'"),
+        (point_file(("01", ROWS)), "1 to 255, but one is '01'"),
+        (point_file(("dog", ROWS)), "1 to 255, but one is 'dog'"),
+        (point_file(("1", ROWS), names=("nose",)), 'object 1 has 2 points, but "points" names 1'),
+        (point_file(("1", ROWS), ("2", ROWS[:1])), "there are 2 of object 1, 1 of object 2"),
+        ({"points": ["nose"], "objects": {"3": {}}}, "object 3: keypoints should be"),
+        (point_file(("1", [ROWS[0], [[1, 2, 1]]])), "object 1: keypoints should be"),
+        (point_file(("1", [])), "object 1: keypoints should be"),
+        (point_file(("7", [ROWS[0], [[1, 2, 1], [float("nan"), 4, 1]]])), r"'tail' .* frame 1, .*\(nan, 4.0\)"),
+        (point_file(("7", [[[float("inf"), 2, 1], [3, 4, 1]], ROWS[0]])), r"7: 'nose' .* frame 0, .*\(inf, 2.0\)"),
+    ],
+)  # fmt: skip
+def test_keypoint_files_with_something_wrong_say_what(keys, content, says):
+    write(keys / "Keypoints" / "bear" / "keypoints.json", json.dumps(content))
+    with pytest.raises(UnusableData, match=f"bear/keypoints.json: .*{says}"):
+        find_sequences(keys, "keypoints")
+
+
+def test_points_that_begin_outside_the_picture_are_not_followed(keys):
+    rows = [[[15.6, 2, 1], [15.4, 11.4, 1]], [[99, 2, 1], [None, None, 0]]]
+    write(keys / "Keypoints" / "bear" / "keypoints.json", json.dumps(point_file(("1", rows))))
+    assert find_sequences(keys, "keypoints")[0].points.visible.tolist() == [[False, True], [True, False]]
+
+
 def test_joint_positions_that_do_not_fit(jhmdb):
     path = jhmdb / "joint_positions" / "catch" / "ball_1" / "joint_positions.mat"
     savemat(path, {"pos_img": np.ones((2, 14, 3))})
     with pytest.raises(UnusableData, match=r"pos_img should be \[2, 15, frames\], but is \[2, 14, 3\]"):
+        find_sequences(jhmdb, "keypoints")
+    savemat(path, {"viewpoint": "S"})
+    with pytest.raises(UnusableData, match=r"pos_img should be"):
         find_sequences(jhmdb, "keypoints")
     path.write_bytes(b"nothing")
     with pytest.raises(UnusableData, match=r"joint_positions.mat: "):

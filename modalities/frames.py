@@ -50,7 +50,8 @@ class FrameViews:
     def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[dict[str, Tensor]]:
         """Return the samples, of ``size`` (h, w)."""
         moments = Moments(self.look)
-        views = VideoViews(_as_video(self.signal, self.look), moments)
+        jitter = isinstance(self.look, FramePair) and self.look.jitter
+        views = VideoViews(_as_video(self.signal, self.look), moments, jitter)
         return [_split(view["signal"]) for view in views(path, rngs, (moments.count, *size))]
 
 

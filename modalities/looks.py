@@ -24,7 +24,7 @@ class Frame(Piece):
 class FramePair(Piece):
     """Two frames of one video, the later one to be predicted from the earlier (SiamMAE, arXiv:2305.14344, section 3).
 
-    Both are cropped, mirrored and augmented alike.
+    Both are mirrored and augmented alike, and unless ``jitter`` says otherwise cropped alike.
     """
 
     past: ClassVar[str] = "past"
@@ -34,6 +34,8 @@ class FramePair(Piece):
     """Least and greatest distance; all in between are equally likely, as are all places in the video."""
     unit: Literal["frames", "seconds"] = "frames"
     """What the gap is counted in; the paper's 4 to 48 frames are of videos with 30 frames per second."""
+    jitter: bool = False
+    """Crop each of the two by itself: then hardly anything stays in its place, and to look there is of no use."""
     folder_fps: Above0 = FOLDER_FPS
     """Frames per second of a folder of pictures."""
 

@@ -60,6 +60,8 @@ class VideoViews:
     signal: VideoSignal
     moments: Moments | None = None
     """Which frames a clip has, if not those that ``signal`` asks for."""
+    jitter: bool = False
+    """Crop every frame of a clip by itself."""
 
     def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[dict[str, Tensor]]:
         """Return the clips of ``size`` (t, h, w)."""
@@ -67,7 +69,9 @@ class VideoViews:
         seeds = [int(rng.integers(2**63)) for rng in rngs]
         # No limit here: whoever has set one interrupts the wait, and with that the child is ended.
         clips = isolated(
-            _Clips(self.signal, seeds, size, self.moments or SignalMoments(self.signal)), path, timeout=None
+            _Clips(self.signal, seeds, size, self.moments or SignalMoments(self.signal), self.jitter),
+            path,
+            timeout=None,
         )
         return [{"signal": self._finish(clip, rng)} for clip, rng in zip(clips, rngs, strict=True)]
 
@@ -99,6 +103,7 @@ class _Clips:
     seeds: Sequence[int]
     size: Size
     moments: Moments
+    jitter: bool
 
     def __call__(self, path: str) -> list[Frames]:
         count, h, w = self.size
@@ -106,11 +111,14 @@ class _Clips:
             rngs = [np.random.default_rng(seed) for seed in self.seeds]
             indices = np.concatenate([self._indices(video, count, rng) for rng in rngs]).tolist()
             height, width = video.size
-            boxes = [crop_box(height, width, still(self.signal), rng, w / h) for rng in rngs]
+            parts = count if self.jitter else 1  # of a clip, each with a box of its own
+            boxes = [crop_box(height, width, still(self.signal), rng, w / h) for rng in rngs for _ in range(parts)]
             scale = draft_scale(height, width, still(self.signal), (h, w))
             reduced = None if scale == 1 else (round(height / scale), round(width / scale))
-            frames = video.read(indices, reduced).reshape(len(boxes), count, *(reduced or (height, width)), 3)
-        return [_cropped(clip, box, scale, (h, w)) for clip, box in zip(frames, boxes, strict=True)]
+            shape = len(boxes), count // parts, *(reduced or (height, width)), 3
+            frames = video.read(indices, reduced).reshape(shape)
+        cropped = [_cropped(part, box, scale, (h, w)) for part, box in zip(frames, boxes, strict=True)]
+        return [np.concatenate(cropped[i : i + parts]) for i in range(0, len(cropped), parts)]
 
     def _indices(self, video: Reader, count: int, rng: np.random.Generator) -> Indices:
         try:

@@ -88,6 +88,18 @@ def test_both_frames_are_cropped_mirrored_and_augmented_alike(tmp_path):
     assert not torch.equal(found[0]["signal"], found[1]["signal"])
 
 
+def test_with_jitter_each_frame_has_a_crop_of_its_own(tmp_path, map_of_places):
+    film = write_frames(tmp_path / "still", np.repeat(np.asarray(PIL.Image.open(map_of_places))[None], 6, 0))
+    settings = {"look": {"kind": "frames", "gap": (2, 4), "jitter": True}, "crop_scale": (0.2, 0.9)}
+    found = looks(film, range(40), (32, 32), **settings)
+    pairs = [(box(view["past"]), box(view["signal"])) for view in found]
+    assert all(abs(area(one) - area(other)) > 1 or one[:2] != other[:2] for one, other in pairs)
+    assert 8 < sum(area(one) > area(other) for one, other in pairs) < 32
+    assert all(one[4] == other[4] for one, other in pairs)  # mirrored alike
+    (alone,) = looks(film, [7], (32, 32), **settings)
+    assert all(torch.equal(found[7][name], alone[name]) for name in alone)
+
+
 def test_a_pair_depends_on_its_own_generator_alone(film):
     together = looks(film, [3, 4], (16, 16), look={"kind": "frames", "gap": (2, 5)})
     (alone,) = looks(film, [4], (16, 16), look={"kind": "frames", "gap": (2, 5)})

@@ -68,11 +68,8 @@ class VideoViews:
         # The child process draws moments and boxes, and generators do not come back from it.
         seeds = [int(rng.integers(2**63)) for rng in rngs]
         # No limit here: whoever has set one interrupts the wait, and with that the child is ended.
-        clips = isolated(
-            _Clips(self.signal, seeds, size, self.moments or SignalMoments(self.signal), self.jitter),
-            path,
-            timeout=None,
-        )
+        clip_of = _Clips(self.signal, seeds, size, self.moments or SignalMoments(self.signal), self.jitter)
+        clips = isolated(clip_of, path, timeout=None)
         return [{"signal": self._finish(clip, rng)} for clip, rng in zip(clips, rngs, strict=True)]
 
     def _finish(self, clip: Frames, rng: np.random.Generator) -> Tensor:

@@ -79,7 +79,7 @@ def attention_panel(
         lines = [Line("attention", heat), Line(f"patches with {share} of it", kept)]
         blocks.append(Block(name, lines))
     note = (
-        f"Attention of {whose}. Each map goes from 0 (dark) to its head's largest weight (bright). With it, lit, the "
+        f"Attention of {whose}. Each map goes from 0 (dark) to its head's largest weight (bright). Lit below: the "
         f"fewest patches that together hold {share} of the head's attention to patches."
     )
     facts: dict[str, Any] = {"mass": mass}

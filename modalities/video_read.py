@@ -139,7 +139,7 @@ class _Folder:
         found = [p for p in folder.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
         if not any(letter.isdigit() for path in found for letter in path.name):  # a lone cover is no film
             raise BrokenFile("a folder without frames")
-        self._paths = sorted(found, key=_natural)[piece(np.arange(len(found)) / fps, span)]
+        self._paths = sorted(found, key=by_numbers)[piece(np.arange(len(found)) / fps, span)]
         self.frames, self.fps = len(self._paths), fps
 
     @property
@@ -232,7 +232,8 @@ def _skip_parts(gif: BinaryIO) -> None:
         gif.seek(length, os.SEEK_CUR)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def by_numbers(path: Path) -> list[tuple[int, str]]:
+    """Return what sorts files by the numbers in their names, 2 before 10."""
     # Digits and the rest take turns, so that like is compared with like.
     return [(int(part), part) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
 

@@ -1,6 +1,5 @@
 """Annotated sequences of frames as DAVIS-2017, VIP and JHMDB lay them out, and masks as palette PNGs."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from mmssl.errors import UnusableData, UserError, nearest, sibling
 from mmssl.files import replacing_file
 from modalities.image_read import opened, upright_size
 from modalities.pixels import FrameSize
-from modalities.video_read import PICTURES
+from modalities.video_read import PICTURES, by_numbers
 from tasks.point_files import Points, json_points, mat_points
 from tasks.segments import VOID, Ids, object_ids
 
@@ -261,7 +260,7 @@ def _frames(folder: Path) -> tuple[tuple[Path, ...], FrameSize]:
     found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES and not path.name.startswith(".")]
     if len(found) < 2:
         raise UserError(f"{folder}: at least 2 frames are needed, but {len(found)} found")
-    frames = tuple(sorted(found, key=_by_numbers))
+    frames = tuple(sorted(found, key=by_numbers))
     twin = _twin(frame.stem for frame in frames)
     if twin is not None:
         words = ", ".join(frame.name for frame in frames if frame.stem == twin)
@@ -272,10 +271,6 @@ def _frames(folder: Path) -> tuple[tuple[Path, ...], FrameSize]:
             h, w = _size(frame)
             raise UserError(f"{frame}: has {w} x {h} pixels, but {frames[0].name} has {width} x {height}")
     return frames, (height, width)
-
-
-def _by_numbers(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), part) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _size(path: Path) -> FrameSize:

@@ -1,10 +1,10 @@
 """Label propagation with several encoders on the same sequences: a table, differences in pairs, and what features hold.
 
 ``python benchmarks/following.py DIR NAME=RUN ... [--short-side 240] [--kind masks|keypoints] --out OUT``; DIR is laid
-out as DAVIS-2017. Of the first run, raw patches and random weights are measured too. A difference is of the first score (J&F,
-or PCK@0.1), its interval from bootstrap resamples of the sequences, the same for both sides. The share of position is
-that of the features' variance, over the first and the middle frame of every sequence, which depends on the token's
-place alone.
+out as DAVIS-2017. Raw patches and random weights, in the shape of the first run, are measured too. A difference is of
+the first score (J&F, or PCK@0.1), its interval from bootstrap resamples of the sequences, the same for both sides. The
+share of position is that of the features' variance, over the first and the middle frame of every sequence, which
+depends on the token's place alone.
 """
 
 import argparse

@@ -112,7 +112,7 @@ def train(case: Case) -> dict[str, int]:
     before = status("VmRSS")
     objective = build_objective(recipe)
     engine = build_engine(recipe, objective, device, ds)
-    size = next(iter(MODALITIES[recipe.modality].sizes(recipe.signal)))
+    size = next(iter(MODALITIES[recipe.modality].sizes(recipe.signal, recipe.model.tokenizer)))
     one = synthetic(objective, size)
     for _ in range(STEPS):
         batch: Batch = {name: torch.cat([value] * case.batch).to(device) for name, value in one.items()}

@@ -6,14 +6,16 @@ Each piece's fields are documented in place, with units and where the default co
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from mmssl.contracts import EncoderModule, Objective
+from mmssl.contracts import Backbone, EncoderModule, Objective
 from mmssl.errors import UserError, nearest
 
 
@@ -33,6 +35,41 @@ class Piece(BaseModel):
         return data
 
 
+def one_of(*pieces: type[Piece]) -> Any:
+    """Return the type of settings that are one of several groups, told apart by ``name``; without one, the first."""
+    if len(pieces) == 1:
+        return pieces[0]
+    first = pieces[0].model_fields["name"].default
+
+    def named(value: Any) -> Any:
+        return {"name": first, **value} if isinstance(value, Mapping) else value
+
+    union: Any = reduce(or_, pieces)
+    return Annotated[union, Field(discriminator="name"), BeforeValidator(named)]
+
+
+class BackboneConfig(Piece, ABC):
+    """The settings of one backbone; ``name`` tells which."""
+
+    name: str
+    dim: int
+    depth: int
+
+    @property
+    def reads(self) -> int:
+        """Width of the tokens that it is given."""
+        return self.dim
+
+    @property
+    def causal(self) -> bool:
+        """Whether the order of the tokens means that of time, or of rows, and none sees a later one."""
+        return False
+
+    @abstractmethod
+    def build(self) -> Backbone:
+        """Make the module, freshly initialised."""
+
+
 class ObjectiveConfig(Piece, ABC):
     """The settings of one objective; ``name`` is its key in ``OBJECTIVES``."""
 
@@ -47,6 +84,11 @@ class ObjectiveConfig(Piece, ABC):
     def micro_batch_multiple(self) -> int:
         """What the number of samples in a micro-batch must be a multiple of."""
         return 1
+
+    @property
+    def together(self) -> str | None:
+        """The column of a manifest that has one value for all samples of a batch, if it must."""
+        return None
 
     @abstractmethod
     def build(self, encoders: Mapping[str, EncoderModule]) -> Objective:
@@ -264,7 +306,9 @@ def validate(model: type[P], data: Mapping[str, Any], where: str) -> P:
 def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
     # A union reports every branch that did not fit; the first is its main type. Types in the location are not keys.
     first = error.errors()[0]
-    parts = [part for part in _keys(first["loc"], data) if not re.search(r"[\[\]()-]|^(int|float|str|literal)$", part)]
+    location = first["loc"]
+    named = [*_keys(location[:-1], data), str(location[-1])] if first["type"] == "missing" else _keys(location, data)
+    parts = [part for part in named if not re.search(r"[\[\]()-]|^(int|float|str|literal)$", part)]
     if first["type"] == "unknown_key":
         hint = first["ctx"]["hint"].replace("mean '", "mean '" + "".join(f"{part}." for part in parts))
         return f"'{'.'.join([*parts, first['ctx']['key']])}' is not a key{hint}"
@@ -287,10 +331,10 @@ def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
 
 
 def _keys(location: Sequence[str | int], data: Any) -> list[str]:
-    # Where one of several groups of settings was chosen by a value in it, that value is in the location, but is no key.
+    # Where one of several groups of settings was chosen by its name, given or not, that is in the location, but no key.
     keys = []
     for part in location:
-        if isinstance(data, Mapping) and part not in data and part in data.values():
+        if isinstance(data, Mapping) and part not in data:
             continue
         keys.append(str(part))
         data = data.get(part) if isinstance(data, Mapping) else None

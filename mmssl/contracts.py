@@ -27,6 +27,10 @@ Grid: TypeAlias = tuple[int, ...]
 Size: TypeAlias = tuple[int, ...]
 """The extent of a signal without its channels: (h, w) in pixels, (t, h, w) ..."""
 
+State: TypeAlias = tuple[Tensor, ...]
+"""What a causal module remembers of the past, between two chunks of a signal. Every tensor has the sample as its first
+axis."""
+
 Draw: TypeAlias = Callable[[np.random.Generator, Grid], dict[str, np.ndarray[Any, Any]]]
 """What an objective draws per sample (masks, permutations ...), given the sample's token grid.
 
@@ -56,6 +60,8 @@ class Tokenizer(Protocol):
 
     It is made for signals [B, ``channels``, *``size``], which have the token grid ``grid``; others have other grids.
     ``extend`` are the grid's axes along which a longer signal is more of the same (time), not a finer one.
+    ``overlaps``: an embedding sees more than its own patch, so that a masked one shows in its neighbours. ``placed``:
+    it says where its patch is, which tells a patch from those of other places without a look at it.
     """
 
     dim: int
@@ -65,6 +71,8 @@ class Tokenizer(Protocol):
     size: Size
     grid: Grid
     extend: tuple[int, ...]
+    overlaps: bool
+    placed: bool
 
     def patches(self, batch: Batch) -> Tensor:
         """Cut the ``signal`` [B, C, *size] of a batch into [B, N, P] without learning anything."""
@@ -99,21 +107,49 @@ class Tokenizer(Protocol):
         ...
 
 
+@runtime_checkable
+class StreamsSignal(Protocol):
+    """A tokenizer that embeds a signal as it comes, chunk by chunk; ``hop`` values are a token."""
+
+    hop: int
+
+    def step(self, chunk: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Embed the next chunk [B, C, n * hop] of signals: [B, n, D], and what to hand in with the chunk after it."""
+        ...
+
+
 class Backbone(Protocol):
     """Turns tokens into representations; knows no modality and no mask. An ``nn.Module``."""
 
     dim: int
 
-    def __call__(self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
-        """Map [B, K, D] to [B, K, D].
+    def __call__(
+        self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """Map [B, K, D'] to [B, K, D]; most keep the width.
 
         ``pad`` [B, K] is True where a token is padding. ``seeds`` [B] int64 drive stochastic depth while training, so
-        that a sample sees the same network on any number of ranks.
+        that a sample sees the same network on any number of ranks. ``grid`` is the lattice on which the tokens lie, in
+        row-major order, for those backbones to whom it is more than a set or a sequence.
         """
         ...
 
-    def layers(self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None) -> list[Tensor]:
-        """Return the output of every block, each put through the final norm: tensors [B, K, D]."""
+    def layers(
+        self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None, grid: Grid | None = None
+    ) -> list[Tensor]:
+        """Return the output of every block, each put through the final norm if there is one: tensors [B, K, D]."""
+        ...
+
+
+@runtime_checkable
+class Streams(Backbone, Protocol):
+    """A causal backbone: a token's output depends on it and those before. Padding comes last and is seen by nobody."""
+
+    def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Continue with the next tokens [B, n, D']: [B, n, D], and what to hand in with those after them.
+
+        With ``state`` None they are the first. However a sequence is cut, the outputs are those of the whole.
+        """
         ...
 
 
@@ -139,6 +175,15 @@ class EncoderModule(Protocol):
         pad: Tensor | None = None,
     ) -> Tensor:
         """Encode the patches [B, N, P] at ``index`` [B, K]: [B, num_prefix + K, D]; ``pad`` [B, N] marks padding."""
+        ...
+
+    @property
+    def backbone(self) -> Backbone:
+        """What turns embedded patches into representations."""
+        ...
+
+    def new_backbone(self) -> Backbone:
+        """Return another backbone of the same settings, freshly initialised: for objectives that need several."""
         ...
 
     def layers(self, batch: Batch) -> list[Tensor]:
@@ -193,6 +238,15 @@ class Progress(NamedTuple):
 
 
 @runtime_checkable
+class Warns(Objective, Protocol):
+    """An objective that knows when its own metrics mean that a setting should be another."""
+
+    def warning(self, line: Mapping[str, float]) -> str | None:
+        """Return what a person should know of a line of metrics, in a sentence; it is told once."""
+        ...
+
+
+@runtime_checkable
 class Reconstructs(Objective, Protocol):
     """An objective that can show what it predicts."""
 
@@ -237,7 +291,7 @@ class Media(Protocol):
 class Modality(Media, Protocol):
     """One kind of media: decoding, transforms, tokenizer and pictures.
 
-    Its settings are typed by the modality itself (``signal_type``, ``tokenizer_type``), hence ``Any`` here.
+    Its settings are typed by the modality itself (``signal_type``, ``tokenizer_types``), hence ``Any`` here.
     """
 
     extent_words: tuple[str, ...]
@@ -249,8 +303,8 @@ class Modality(Media, Protocol):
         ...
 
     @property
-    def tokenizer_type(self) -> type[BaseModel]:
-        """The type of the recipe's ``model.tokenizer`` section."""
+    def tokenizer_types(self) -> tuple[type[Any], ...]:
+        """The types of the recipe's ``model.tokenizer`` section, told apart by their ``name``; the first is usual."""
         ...
 
     def decode(self, path: str) -> Any:
@@ -264,7 +318,7 @@ class Modality(Media, Protocol):
         """Decode all of a file and return its extent, in the order of ``extent_words``; raises BrokenFile."""
         ...
 
-    def sizes(self, signal: Any) -> Sequence[Size]:
+    def sizes(self, signal: Any, tokenizer: Any) -> Sequence[Size]:
         """Return the sizes that signals may have; the first is the encoder's own. More than one means buckets."""
         ...
 
@@ -322,48 +376,6 @@ class Modality(Media, Protocol):
 
         Of moving pictures there is one frame per step of time.
         """
-        ...
-
-
-@runtime_checkable
-class SeesFrames(Modality, Protocol):
-    """A modality whose encoders give one grid of tokens (h, w) for each frame of a video."""
-
-    def stills(self, frames: np.ndarray[Any, np.dtype[np.uint8]], size: Size, signal: Any, tokenizer: Any) -> Tensor:
-        """Return frames uint8 [n, H, W, 3] one by one as signals, resized to ``size``: float32 [n, C, *size].
-
-        Their grids have one step of time, where they have any.
-        """
-        ...
-
-
-Ticks: TypeAlias = Sequence[tuple[float, str]]
-"""Marks along a side of a picture: pixels from its left or its top, and what stands there."""
-
-
-@runtime_checkable
-class Moves(Modality, Protocol):
-    """A modality whose signals [C, t, h, w] are played; its token grids begin with time."""
-
-    def motion(self, x: Tensor, signal: Any) -> np.ndarray[Any, Any]:
-        """Return what the tokenizer cuts, [C, t, h, w], as frames to be played: uint8 [t, h, w, 3]."""
-        ...
-
-    def pace(self, path: str, signal: Any) -> float:
-        """Return how many frames of a file's evaluation signal pass in a second of it; raises BrokenFile."""
-        ...
-
-
-@runtime_checkable
-class Sounds(Modality, Protocol):
-    """A modality whose signals are heard, and whose pictures show frequencies over time."""
-
-    def sound(self, x: Tensor, signal: Any) -> tuple[Tensor, int]:
-        """Return what the tokenizer cuts, [C, *size], made audible: float32 [samples], and samples per second."""
-        ...
-
-    def axes(self, x: Tensor, signal: Any) -> tuple[Ticks, Ticks]:
-        """Return where seconds (along the width) and Hz (along the height) stand on the picture of x [C, *size]."""
         ...
 
 

@@ -48,6 +48,28 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor if ranks() == 1 else _SumOverRanks.apply(tensor)  # type: ignore[no-untyped-call]
 
 
+def rank() -> int:
+    """Return which of ``ranks()`` this is."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Return the tensors [B, ...] of all ranks as one, [ranks * B, ...]; differentiable and collective as above."""
+    return tensor if ranks() == 1 else _RowsOfRanks.apply(tensor)  # type: ignore[no-untyped-call]
+
+
+class _RowsOfRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(ranks())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _summed(grad).chunk(ranks())[rank()]
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

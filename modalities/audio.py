@@ -6,23 +6,30 @@ made by the tokenizer (``modalities/spectrogram.py``), so waveforms are what is 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from mmssl.backbones.positions import PositionKind
 from mmssl.config import Piece
 from mmssl.contracts import Grid, Views
 from mmssl.data.guard import BrokenFile
 from mmssl.data.isolate import isolated
-from modalities.fbank import LogMel
+from modalities.audio_settings import (
+    AnyTokenizer,
+    AudioSignal,
+    AudioTokenizer,
+    WaveTokenizer,
+    filterbank,
+    frames_per_token,
+    log_mel_of,
+    ruler_of,
+)
 from modalities.looks import OneLook
 from modalities.spectrogram import SpectrogramTokenizer
+from modalities.waves import Waves
 
 # libsndfile, the resampler and the colours are loaded by those who need them: pictures do without.
 if TYPE_CHECKING:
@@ -30,123 +37,8 @@ if TYPE_CHECKING:
 
 FAINT, LOUD = -12.0, 6.0
 """Log-mel energies that are drawn black and white: 78 dB between them, whatever the recipe normalises."""
-DAY, SECOND_MS = 86400.0, 1000.0
-"""The longest training piece in seconds, and the longest window and hop in milliseconds, that are taken seriously."""
 GREY = 128
 """What hidden parts, exactly 0, look like: none of the colours of a sound."""
-
-
-class SpecMask(Piece):
-    """SpecAugment (arXiv:1904.08779): one stripe of time and one of frequency are hidden in training.
-
-    A stripe's width is uniform from 0 to the number given, its place uniform as well. AST and Audio-MAE fine-tune on
-    AudioSet with 192 frames and 48 mel bins.
-    """
-
-    time: Annotated[int, Field(ge=0)] = 0
-    """Greatest width in frames; 0 is off."""
-    frequency: Annotated[int, Field(ge=0)] = 0
-    """Greatest width in mel bins; 0 is off."""
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is ever hidden."""
-        return self.time > 0 or self.frequency > 0
-
-    def draw(self, rng: np.random.Generator, frames: int, mels: int) -> Tensor:
-        """Return the first and the last frame (exclusive) and the same of mel bins: int64 [4]."""
-        edges = []
-        for most, length in ((self.time, frames), (self.frequency, mels)):
-            width = int(rng.integers(min(most, length) + 1))
-            start = int(rng.integers(length - width + 1))
-            edges += [start, start + width]
-        return torch.tensor(edges)
-
-
-class AudioSignal(Piece):
-    """How a decoded sound becomes a signal, and what its spectrogram is."""
-
-    sample_rate: Annotated[int, Field(gt=0)] = 16000
-    """Samples per second; files of other rates are resampled."""
-    seconds: Annotated[float, Field(gt=0, le=DAY)] = 10.24
-    """Training: duration of a piece. 10.24 makes 1024 frames (Audio-MAE, arXiv:2207.06405, section 4.2)."""
-    mels: Annotated[int, Field(gt=0)] = 128
-    """Mel bins of the spectrogram."""
-    window_ms: Annotated[float, Field(gt=0, le=SECOND_MS)] = 25.0
-    """Milliseconds that a frame looks at."""
-    hop_ms: Annotated[float, Field(gt=0, le=SECOND_MS)] = 10.0
-    """Milliseconds from frame to frame."""
-    low_hz: Annotated[float, Field(ge=0)] = 20.0
-    """Where the lowest mel bin begins."""
-    high_hz: Annotated[float, Field(gt=0)] | None = None
-    """Where the highest mel bin ends; null is half the sample rate."""
-    mean: tuple[float] = (-4.268,)
-    """Subtracted from the log-mel spectrogram (AudioSet's)."""
-    std: tuple[float] = (9.138,)
-    """Divided by. AST and Audio-MAE divide by twice AudioSet's standard deviation of 4.569, so these are 2 x 4.569."""
-    fill: Literal["pad", "repeat"] = "pad"
-    """Training, where a file is shorter than ``seconds``. pad: zeros follow, which nobody sees and nothing scores.
-    repeat: the sound goes round and round, beginning anywhere (Audio-MAE rolls its sounds in this way)."""
-    longest: Annotated[float, Field(gt=0)] | None = None
-    """Evaluation: seconds above which a sound is cut into equal pieces, whose results are averaged; null is
-    ``seconds``, the duration trained on."""
-    gain_db: Annotated[float, Field(ge=0)] = 0.0
-    """Training: the sound is made louder or fainter by up to so many decibels."""
-    spec_mask: SpecMask = SpecMask()
-
-    @field_validator("mean", "std", mode="before")
-    @classmethod
-    def _one_channel(cls, value: Any) -> Any:
-        # YAML takes 1e-3, without a point, for a string.
-        return (value,) if isinstance(value, int | float | str) and not isinstance(value, bool) else value
-
-    @field_validator("std")
-    @classmethod
-    def _positive(cls, value: tuple[float]) -> tuple[float]:
-        if value[0] <= 0:
-            raise ValueError(f"must be greater than 0, but got {value[0]:g}")
-        return value
-
-    @model_validator(mode="after")
-    def _possible(self) -> "AudioSignal":
-        filterbank(self)  # which says what is wrong with its settings
-        if self.frames < 1:
-            raise ValueError(f"seconds {self.seconds:g} is shorter than hop_ms {self.hop_ms:g}")
-        if self.spec_mask.time >= self.frames or self.spec_mask.frequency >= self.mels:
-            raise ValueError(
-                f"spec_mask must leave something of {self.frames} frames and {self.mels} mel bins, but may hide "
-                f"{self.spec_mask.time} and {self.spec_mask.frequency}"
-            )
-        return self
-
-    @property
-    def frames(self) -> int:
-        """Frames of a training signal."""
-        return filterbank(self).frames_in(self.seconds)
-
-
-class AudioTokenizer(Piece):
-    """How a spectrogram is cut into tokens."""
-
-    patch_size: tuple[int, int] = (16, 16)
-    """Mel bins and frames of a patch; one number is a square. Must divide ``signal.mels`` and the frames of
-    ``signal.seconds``."""
-    positions: PositionKind = "sincos"
-    """Fixed sine-cosine positions, or learned ones."""
-    target: Literal["normalized", "raw"] = "normalized"
-    """What a reconstruction predicts: patches normalised one by one (Audio-MAE, as MAE), or raw values."""
-
-    @field_validator("patch_size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    @field_validator("patch_size")
-    @classmethod
-    def _positive(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if min(value) <= 0:
-            raise ValueError(f"both sides must be greater than 0, but got {list(value)}")
-        return value
 
 
 class Axes(NamedTuple):
@@ -167,7 +59,7 @@ class Audio(OneLook):
         {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64"}
     )
     signal_type = AudioSignal
-    tokenizer_type = AudioTokenizer
+    tokenizer_types: tuple[type[Piece], ...] = (AudioTokenizer, WaveTokenizer)
 
     def decode(self, path: str) -> "Sound":
         """Return a sound, whole or the piece that ``path`` names: one channel, at the file's own rate.
@@ -195,9 +87,10 @@ class Audio(OneLook):
         values = log_mel(waveform.unsqueeze(0)).double()
         return np.array([[values.numel(), float(values.sum()), float(values.square().sum())]])
 
-    def sizes(self, signal: AudioSignal) -> tuple[tuple[int]]:
+    def sizes(self, signal: AudioSignal, tokenizer: AnyTokenizer) -> tuple[tuple[int]]:
         """Return the one size of training signals, in samples."""
-        return ((filterbank(signal).samples(signal.frames),),)
+        ruler = ruler_of(signal, tokenizer)
+        return ((ruler.samples(ruler.frames_in(signal.seconds)),),)
 
     def bucket(self, path: str, signal: AudioSignal) -> int:
         """Return 0: there is one size."""
@@ -209,19 +102,35 @@ class Audio(OneLook):
 
         return AudioViews(signal)
 
-    def eval_transform(self, signal: AudioSignal, tokenizer: AudioTokenizer) -> Callable[["Sound"], Tensor]:
+    def eval_transform(self, signal: AudioSignal, tokenizer: AnyTokenizer) -> Callable[["Sound"], Tensor]:
         """Return what makes a decoded sound [1, samples], or of one longer than ``longest`` pieces [V, 1, samples].
 
-        It is cut to a multiple of the patch's frames, and one shorter than a patch is filled up with zeros.
+        It is cut to whole tokens, and one shorter than a token is filled up with zeros.
         """
-        return _EvalTransform(signal, tokenizer.patch_size[1])
+        return _EvalTransform(signal, tokenizer)
 
-    def tokenizer(self, signal: AudioSignal, tokenizer: AudioTokenizer, dim: int) -> SpectrogramTokenizer:
+    def seconds_per_step(self, signal: AudioSignal, tokenizer: AnyTokenizer) -> float:
+        """Return the seconds from one token, or column of tokens, to the next."""
+        ruler, frames = ruler_of(signal, tokenizer), frames_per_token(tokenizer)
+        return (ruler.samples(2 * frames) - ruler.samples(frames)) / signal.sample_rate
+
+    def tokenizer(self, signal: AudioSignal, tokenizer: AnyTokenizer, dim: int) -> "SpectrogramTokenizer | Waves":
         """Return a tokenizer of ``dim`` channels; raises ValueError where patches do not divide the spectrogram."""
+        if isinstance(tokenizer, WaveTokenizer):
+            if signal.spec_mask.active:
+                raise ValueError(
+                    "signal.spec_mask hides parts of spectrograms, of which model.tokenizer 'wave' has none"
+                )
+            ((samples,),) = self.sizes(signal, tokenizer)
+            if not samples:
+                raise ValueError(
+                    f"signal.seconds {signal.seconds:g} is shorter than a token of {tokenizer.hop} samples"
+                )
+            return Waves(samples, dim, tokenizer.kernels, tokenizer.strides, tokenizer.norm)
         (mean,), (std,) = signal.mean, signal.std
         positions, target = tokenizer.positions, tokenizer.target
         return SpectrogramTokenizer(
-            _log_mel(signal), signal.frames, tokenizer.patch_size, dim, mean, std, positions, target
+            log_mel_of(signal), signal.frames, tokenizer.patch_size, dim, mean, std, positions, target
         )
 
     def picture(self, x: Tensor, signal: AudioSignal) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -266,23 +175,23 @@ class Audio(OneLook):
 @dataclass(frozen=True)
 class _EvalTransform:
     signal: AudioSignal
-    patch: int
-    """Frames of a patch."""
+    tokenizer: AnyTokenizer
 
     def __call__(self, sound: "Sound") -> Tensor:
-        waveform, log_mel = _at_rate(sound, self.signal), filterbank(self.signal)
-        frames = log_mel.frames(len(waveform))
-        if frames < self.patch:
-            return F.pad(waveform, (0, log_mel.samples(self.patch) - len(waveform))).unsqueeze(0)
+        ruler, patch = ruler_of(self.signal, self.tokenizer), frames_per_token(self.tokenizer)
+        waveform = _at_rate(sound, self.signal)
+        frames = ruler.frames(len(waveform))
+        if frames < patch:
+            return F.pad(waveform, (0, ruler.samples(patch) - len(waveform))).unsqueeze(0)
         longest = self.signal.longest or self.signal.seconds
-        most = max(1, log_mel.frames_in(longest) // self.patch) * self.patch
+        most = max(1, ruler.frames_in(longest) // patch) * patch
         views = -(-frames // most)
         if views == 1:
-            return waveform[: log_mel.samples(frames // self.patch * self.patch)].unsqueeze(0)
+            return waveform[: ruler.samples(frames // patch * patch)].unsqueeze(0)
         # Rounded up to whole patches, they overlap a little: nothing of the sound is left out.
-        each = -(-frames // (views * self.patch)) * self.patch
-        starts = np.linspace(0, frames - each, views).round().astype(int) * log_mel.hop
-        length = log_mel.samples(each)
+        each = -(-frames // (views * patch)) * patch
+        starts = np.linspace(0, frames - each, views).round().astype(int) * ruler.hop
+        length = ruler.samples(each)
         return torch.stack([waveform[start : start + length] for start in starts]).unsqueeze(1)
 
 
@@ -292,18 +201,6 @@ def _at_rate(sound: "Sound", signal: AudioSignal) -> Tensor:
     if not isinstance(sound, Sound):
         raise TypeError(f"a path, a decoded sound or a float tensor is needed, but got {type(sound).__name__}")
     return resampled(sound.waveform, sound.rate, signal.sample_rate)
-
-
-def _log_mel(signal: AudioSignal) -> LogMel:
-    band = signal.low_hz, signal.high_hz or 0.0
-    return LogMel(signal.sample_rate, signal.mels, signal.window_ms, signal.hop_ms, *band)
-
-
-@lru_cache(maxsize=8)
-def filterbank(signal: AudioSignal) -> LogMel:
-    """Return the filterbank of a signal's settings, on the CPU; raises ValueError for impossible ones."""
-    with torch.device("cpu"):
-        return _log_mel(signal)
 
 
 def _step(seconds: float) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mmssl.contracts import Size
 from mmssl.data.isolate import isolated
-from modalities.audio import AudioSignal
 from modalities.audio_read import Source, opened, piece, resampled_length
+from modalities.audio_settings import AudioSignal
 
 
 @dataclass(frozen=True)

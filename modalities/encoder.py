@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mmssl.backbones import BACKBONES
 from mmssl.backbones.vit import ViTConfig
-from mmssl.config import Piece, override, validate
-from mmssl.contracts import Backbone, Batch, Grid, Modality, Tokenizer
+from mmssl.config import BackboneConfig, Piece, one_of, override, validate
+from mmssl.contracts import Backbone, Batch, Grid, Modality, State, Streams, StreamsSignal, Tokenizer
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UnusableData, UserError, nearest, sibling
@@ -38,9 +39,12 @@ class ModelConfig(Piece):
     """What is learned: a tokenizer (typed by the modality), a backbone and how its tokens become one vector."""
 
     tokenizer: SerializeAsAny[Piece] = Piece()
-    backbone: ViTConfig = ViTConfig()
+    backbone: SerializeAsAny[BackboneConfig] = ViTConfig()
     cls_token: bool = True
-    """Put a learned class token in front."""
+    """Put a learned class token in front; a backbone that reads tokens in their order has none."""
+    output: Literal["context", "latent"] = "context"
+    """What the encoder gives for a token: what the backbone made of it, or the embedded patch itself, as for pictures
+    in CPC, whose backbone (the context, of the rows above alone) is then needed in pre-training only."""
     pool: Literal["mean", "cls"] = "mean"
     """One vector per signal: the mean of its tokens, or the class token."""
 
@@ -92,7 +96,10 @@ def typed(base: type[C], modality: str, where: str, **fields: Any) -> type[C]:
         raise UserError(f"{where}: '{modality}' is not a modality{nearest(str(modality), MODALITIES)}")
     kind = MODALITIES[modality]
     model = create_model(
-        "Model", __base__=ModelConfig, tokenizer=(kind.tokenizer_type, Field(default_factory=kind.tokenizer_type))
+        "Model",
+        __base__=ModelConfig,
+        tokenizer=(one_of(*kind.tokenizer_types), Field(default_factory=kind.tokenizer_types[0])),
+        backbone=(one_of(*BACKBONES), Field(default_factory=BACKBONES[0])),
     )
     return create_model(
         base.__name__,
@@ -114,12 +121,18 @@ class Encoder(nn.Module):
         self.config, self.kind = config, kind
         self.modality = config.modality
         self.pooling: Literal["mean", "cls"] = model.pool
-        self._tokenizer = kind.tokenizer(config.signal, model.tokenizer, model.backbone.dim)
-        self.backbone: Backbone = model.backbone.build()
-        self.dim = self.backbone.dim
+        settings: BackboneConfig = model.backbone
+        self._tokenizer = kind.tokenizer(config.signal, model.tokenizer, settings.reads)
+        self.backbone: Backbone = settings.build()
+        self.dim = settings.dim if model.output == "context" else settings.reads
         self.num_prefix = int(model.cls_token)
         if model.pool == "cls" and not model.cls_token:
             raise ValueError("model.pool 'cls' needs model.cls_token true")
+        if model.cls_token and (settings.causal or model.output == "latent"):
+            raise ValueError(
+                f"model.cls_token true needs a backbone that looks at all tokens, and its output; with backbone "
+                f"'{settings.name}' and output '{model.output}' set model.cls_token=false"
+            )
         self.cls_token = nn.Parameter(torch.randn(self.dim) * 0.02) if model.cls_token else None
 
     @property
@@ -151,7 +164,27 @@ class Encoder(nn.Module):
         """
         if pad is not None:
             pad = F.pad(pad if index is None else pad.gather(1, index), (self.num_prefix, 0))
-        return self.backbone(self._embed(patches, index, grid), pad, seeds)
+        tokens = self._embed(patches, index, grid)
+        return tokens if self.config.model.output == "latent" else self.backbone(tokens, pad, seeds, grid)
+
+    def new_backbone(self) -> Backbone:
+        """Return another backbone of the same settings, freshly initialised."""
+        settings: BackboneConfig = self.config.model.backbone
+        return settings.build()
+
+    def step(self, chunk: Tensor, state: tuple[State, State] | None = None) -> tuple[Tensor, tuple[State, State]]:
+        """Encode the next chunk of preprocessed signals as it comes in: a vector per token, and what to remember.
+
+        ``chunk`` is [B, C, n * hop], the vectors are [B, n, dim]; without ``state`` it is the first chunk. However a
+        signal is cut, its vectors are those of the whole. Raises ValueError for an encoder that looks at whole signals.
+        """
+        tokenizer, backbone = self._tokenizer, self.backbone
+        if not isinstance(tokenizer, StreamsSignal) or not isinstance(backbone, Streams):
+            raise ValueError("this encoder looks at whole signals: to stream, tokenizer and backbone must be causal")
+        before, past = (None, None) if state is None else state
+        tokens, before = tokenizer.step(chunk, before)
+        vectors, past = backbone.step(tokens, past)
+        return tokens if self.config.model.output == "latent" else vectors, (before, past)
 
     def _embed(self, patches: Tensor, index: Tensor | None, grid: Grid | None) -> Tensor:
         tokens = self._tokenizer.embed(patches, index, grid)
@@ -275,9 +308,8 @@ class Encoder(nn.Module):
         tokenizer = self._tokenizer
         grid, pad = tokenizer.grid_of(batch["signal"].shape[2:]), tokenizer.pad(batch)
         tokens = self._embed(tokenizer.patches(batch), None, grid)
-        return self.backbone.layers(
-            tokens, None if pad is None else F.pad(pad, (self.num_prefix, 0)), batch.get("seed")
-        )
+        pad = None if pad is None else F.pad(pad, (self.num_prefix, 0))
+        return self.backbone.layers(tokens, pad, batch.get("seed"), grid)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over weights and preprocessing: what two encoders share if they embed alike."""

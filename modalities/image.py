@@ -150,7 +150,7 @@ class Image(OneLook):
     extent_words: tuple[str, ...] = ("height", "width")
     suffixes = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
     signal_type = ImageSignal
-    tokenizer_type = ImageTokenizer
+    tokenizer_types: tuple[type[Piece], ...] = (ImageTokenizer,)
 
     def decode(self, path: str) -> PIL.Image.Image:
         """Return the file's (first) picture: upright by its EXIF, 8-bit RGB, alpha laid over white.
@@ -173,7 +173,7 @@ class Image(OneLook):
         values = np.asarray(self.decode(path), np.float64).reshape(-1, 3) / 255
         return np.stack([np.full(3, len(values)), values.sum(0), np.square(values).sum(0)], axis=1)
 
-    def sizes(self, signal: ImageSignal) -> tuple[tuple[int, int], ...]:
+    def sizes(self, signal: ImageSignal, tokenizer: Any) -> tuple[tuple[int, int], ...]:
         """Return ``size`` and the buckets' sizes."""
         return signal.sizes
 

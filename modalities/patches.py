@@ -31,6 +31,7 @@ class PatchTokenizer(nn.Module):
     """
 
     eps: Tensor
+    overlaps, placed = False, True
 
     def __init__(
         self,

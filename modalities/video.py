@@ -116,7 +116,7 @@ class Video(OneLook):
     timed = VIDEO_FILES.timed
     extent_words: tuple[str, ...] = ("frames", "height", "width")
     signal_type = VideoSignal
-    tokenizer_type = VideoTokenizer
+    tokenizer_types: tuple[type[Piece], ...] = (VideoTokenizer,)
 
     def decode(self, path: str) -> VideoFile:
         """Return a handle for ``eval_transform``, which then reads what it needs, or raises BrokenFile."""
@@ -133,7 +133,7 @@ class Video(OneLook):
         """
         return isolated(_Moments(signal), path, timeout=None)
 
-    def sizes(self, signal: VideoSignal) -> tuple[Size]:
+    def sizes(self, signal: VideoSignal, tokenizer: Any) -> tuple[Size]:
         """Return the one size (frames, height, width)."""
         return ((signal.frames, *signal.size),)
 

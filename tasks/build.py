@@ -128,14 +128,14 @@ def sketch_objective(recipe: Recipe) -> nn.Module:
 
 def measure_cost(recipe: Recipe, objective: nn.Module) -> Cost:
     """Return what one sample of a recipe costs; of several sizes, one of the dearest."""
-    sizes = MODALITIES[recipe.modality].sizes(recipe.signal)
+    sizes = MODALITIES[recipe.modality].sizes(recipe.signal, recipe.model.tokenizer)
     return max((measure(objective, synthetic(objective, size)) for size in sizes), key=lambda cost: cost.gflop_forward)
 
 
 def measure_memory(recipe: Recipe, objective: nn.Module, samples: int) -> Footprint:
     """Return the bytes of an optimiser step on micro-batches of ``samples``; of several sizes, the greatest's."""
     accumulate, bf16 = recipe.train.accumulate, use_bf16(recipe, default_device())
-    sizes = MODALITIES[recipe.modality].sizes(recipe.signal)
+    sizes = MODALITIES[recipe.modality].sizes(recipe.signal, recipe.model.tokenizer)
     feet = (footprint(objective, synthetic(objective, size), samples, accumulate, bf16) for size in sizes)
     return max(feet, key=lambda foot: foot.batch + foot.peak())
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchaudio.functional import create_dct
 
 from mmssl.data.listing import Listing
-from modalities.audio import AudioSignal, filterbank
+from modalities.audio_settings import AudioSignal, filterbank
 from modalities.encoder import Encoder, over_views
 from tasks.demo import DATA, Demo, Question
 from tasks.features import Extractor

@@ -173,9 +173,34 @@ def make_batches(
 
 
 def make_buckets(recipe: Recipe, listing: Listing, tokenizer: Tokenizer) -> list[Bucket]:
-    """Return the files by the size of signal that suits them; all in one bucket where the recipe has one size."""
+    """Return the files by the size of signal that suits them, and by what the samples of a batch must agree in.
+
+    All are in one bucket where the recipe has one size and they need not agree in anything. Raises UserError where the
+    files do not say what they would have to agree in.
+    """
+    groups = agreeing(listing, recipe.objective.together)
+    return [
+        bucket._replace(members=members)
+        for bucket in sized_buckets(recipe, listing, tokenizer)
+        for group in groups
+        if (members := bucket.members if group is None else [i for i in bucket.members if i in group])
+    ]
+
+
+def agreeing(listing: Listing, column: str | None) -> list[set[int] | None]:
+    """Return the files that have one value in a manifest's ``column``, for each value in it; None: all files."""
+    if column is None:
+        return [None]
+    groups: dict[str, set[int]] = {}
+    for i, value in enumerate(listing.labels(column)):
+        groups.setdefault(value, set()).add(i)
+    return list(groups.values())
+
+
+def sized_buckets(recipe: Recipe, listing: Listing, tokenizer: Tokenizer) -> list[Bucket]:
+    """Return the files by the size of signal that suits them."""
     kind = MODALITIES[recipe.modality]
-    sizes = kind.sizes(recipe.signal)
+    sizes = kind.sizes(recipe.signal, recipe.model.tokenizer)
     if len(sizes) == 1:
         return [Bucket(sizes[0], tokenizer.grid, range(len(listing)))]
     chosen = np.array([kind.bucket(path, recipe.signal) for path in listing.paths])

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias, TypedDict, cast
 import torch
 from torch import Tensor
 
-from mmssl.contracts import SeesFrames
 from mmssl.errors import MmsslError, UnusableData, UserError, is_out_of_memory, nearest
 from mmssl.propagation import Propagator
+from modalities.abilities import SeesFrames
 from modalities.encoder import Encoder
 from modalities.pixels import Frames, FrameSize
 

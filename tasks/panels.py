@@ -10,9 +10,9 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from mmssl.contracts import Moves
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.errors import UnusableData
+from modalities.abilities import Moves
 from modalities.encoder import DECODE_TIMEOUT, MODALITIES, EncoderConfig
 from tasks.report import Axes, Picture, Shown, as_medium, is_wide
 

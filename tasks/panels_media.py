@@ -11,7 +11,8 @@ import soundfile
 from PIL import Image
 from torch import Tensor
 
-from mmssl.contracts import Grid, Modality, Moves, Sounds
+from mmssl.contracts import Grid, Modality
+from modalities.abilities import Moves, Sounds
 from modalities.encoder import Encoder, one_view
 from tasks.report import CRISP_BELOW, Axes, Medium, Picture, Shown
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmssl.contracts import Draw, Modality, Moves, Reconstruction, Reconstructs, Sounds
+from mmssl.contracts import Draw, Modality, Reconstruction, Reconstructs
 from mmssl.data.dataset import batch_of_one
 from mmssl.errors import UserError
+from modalities.abilities import Moves, Sounds
 from modalities.encoder import MODALITIES, one_view
 from tasks.build import Recipe
 from tasks.panels import Block, Line, Panel, Shot, arranged

@@ -202,7 +202,7 @@ def tokens_seen(recipe: Recipe, objective: nn.Module) -> str:
     root = as_objective(objective)
     tokenizer, draw = next(iter(root.encoders().values())).tokenizer, root.draw()
     words = []
-    for size in MODALITIES[recipe.modality].sizes(recipe.signal):
+    for size in MODALITIES[recipe.modality].sizes(recipe.signal, recipe.model.tokenizer):
         grid = tokenizer.grid_of(size)
         drawn = draw(np.random.default_rng(0), grid) if draw else {}
         words.append(f"{len(drawn['keep']) if 'keep' in drawn else prod(grid)} of {prod(grid)}")

@@ -100,12 +100,12 @@ def dino(encoder: Encoder) -> Settings:
 def attentive(encoder: Encoder) -> Settings:
     """Return V-JEPA's attentive probe of images (arXiv:2404.08471, by its public configuration for ImageNet).
 
-    A learned query attends to the patch tokens with as many heads as the encoder has, in a block with an MLP. AdamW at
-    0.001 whatever the batch, decay 0.001, batches of 1024 (64 processes of 16), 20 epochs, no warm-up, gradients
-    clipped to norm 1. V-JEPA also lets the decay fall to 1e-6 by a cosine and trains with AutoAugment and random
-    erasing; here the decay is constant and there are crops and flips alone.
+    A learned query attends to the patch tokens with as many heads as the encoder has (a GRU has none: one), in a block
+    with an MLP. AdamW at 0.001 whatever the batch, decay 0.001, batches of 1024 (64 processes of 16), 20 epochs, no
+    warm-up, gradients clipped to norm 1. V-JEPA also lets the decay fall to 1e-6 by a cosine and trains with
+    AutoAugment and random erasing; here the decay is constant and there are crops and flips alone.
     """
-    heads = encoder.config.model.backbone.num_heads
+    heads = getattr(encoder.config.model.backbone, "num_heads", 1)
     return {
         "head": {"pool": "attentive", "layers": 1, "batch_norm": False, "num_heads": heads},
         "optim": {"name": "adamw", "lr": 0.001, "weight_decay": 0.001, "betas": [0.9, 0.999], "warmup": 0.0, "clip": 1},

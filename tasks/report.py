@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
-from mmssl.contracts import Ticks
+from modalities.abilities import Ticks
 from tasks.metrics import Score
 from tasks.report_curve import Series, plot
 

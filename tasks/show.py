@@ -12,10 +12,11 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args
 from rich.console import Console
 from torch import Tensor, nn
 
-from mmssl.contracts import Media, Modality, Moves, Reconstructs, Sounds
+from mmssl.contracts import Media, Modality, Reconstructs
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError, nearest, sibling
 from mmssl.files import replacing_file
+from modalities.abilities import Moves, Sounds
 from modalities.encoder import MODALITIES, EncoderConfig, encoder_folder, load
 from modalities.looks import FramePair
 from tasks.build import Recipe

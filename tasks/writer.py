@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmssl import checkpoint
 from mmssl.checkpoint import Checkpoint
 from mmssl.config import read_yaml
-from mmssl.contracts import Classifies
+from mmssl.contracts import Classifies, Warns
 from mmssl.data.ledger import Ledger
 from mmssl.data.listing import Listing
 from mmssl.distributed import Council, World, world
@@ -47,7 +47,7 @@ class Writer:
         self.run, self.recipe, self.listing = run, recipe, listing
         self.engine, self.me, self.council, self.validator = engine, me, council, validator
         self.steps = recipe.steps(len(listing))
-        self.written, self.began = 0, time.monotonic()
+        self.written, self.began, self.warned = 0, time.monotonic(), False
         self.ledger = Ledger(run.ledger_file, write=me.is_main)
         names = "\n".join(listing.name(i) for i in range(len(listing)))
         digest = hashlib.sha256(os.fsencode(names))
@@ -69,7 +69,11 @@ class Writer:
             self.run.status(state, self.written, self.steps, **more)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line of metrics."""
+        """Append a line of metrics, and tell what the objective has to say of it."""
+        objective = self.engine.objective
+        if not self.warned and isinstance(objective, Warns) and (warning := objective.warning(line)) is not None:
+            self.warned = True
+            say(warning)
         if self.me.is_main:
             samples = line["step"] * self.recipe.train.batch_size
             seconds = round(time.monotonic() - self.began, 3)

@@ -59,8 +59,10 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def uniform(seeds: Tensor, stream: int) -> Tensor:
+def uniform(seeds: Tensor, stream: int | Tensor) -> Tensor:
     """Return one float32 number in [0, 1) per seed: int64 [B] -> [B], a function of (seed, stream) alone.
+
+    Several streams, int64 of a shape that goes with that of the seeds, give a number each.
 
     A counter-based generator (the splitmix64 finaliser) instead of the global one: a sample draws the same numbers on
     any rank, device and batch position, and again when activations are recomputed.
@@ -72,7 +74,8 @@ def uniform(seeds: Tensor, stream: int) -> Tensor:
     def signed(x: int) -> int:
         return (x + 2**63) % 2**64 - 2**63
 
-    x = seeds + signed((stream + 1) * 0x9E3779B97F4A7C15)
+    step = 0x9E3779B97F4A7C15
+    x = seeds + (signed((stream + 1) * step) if isinstance(stream, int) else (stream + 1) * signed(step))
     x = (x ^ shift(x, 30)) * signed(0xBF58476D1CE4E5B9)
     x = (x ^ shift(x, 27)) * signed(0x94D049BB133111EB)
     return shift(x ^ shift(x, 31), 40).float() * 2.0**-24

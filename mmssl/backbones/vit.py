@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmssl.backbones.blocks import Block, init_linear
-from mmssl.config import Piece
+from mmssl.config import BackboneConfig
+from mmssl.contracts import Grid
 
 
-class ViTConfig(Piece):
+class ViTConfig(BackboneConfig):
     """A ViT's shape.
 
     Published sizes, as width x depth x heads: tiny 192 x 12 x 3, small 384 x 12 x 6, base 768 x 12 x 12,
@@ -69,13 +70,20 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.apply(init_linear)
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
-        """Map [B, K, D] to [B, K, D]; ``pad`` [B, K] is True at padding, ``seeds`` [B] int64 drive stochastic depth."""
+    def forward(
+        self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """Map [B, K, D] to [B, K, D]; ``pad`` [B, K] is True at padding, ``seeds`` [B] int64 drive stochastic depth.
+
+        Tokens are a set: of ``grid`` nothing is used.
+        """
         for block in self.blocks:
             tokens = self._run(block, tokens, pad, seeds)
         return self.norm(tokens)  # type: ignore[no-any-return]
 
-    def layers(self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None) -> list[Tensor]:
+    def layers(
+        self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None, grid: Grid | None = None
+    ) -> list[Tensor]:
         """Return the output of every block for [B, K, D], each put through the final norm; arguments as ``forward``."""
         outputs = []
         for block in self.blocks:

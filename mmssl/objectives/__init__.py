@@ -2,11 +2,13 @@
 
 from mmssl.config import ObjectiveConfig
 from mmssl.objectives.classify import ClassifyConfig
+from mmssl.objectives.cpc import CPCConfig
 from mmssl.objectives.mae import MAEConfig
 from mmssl.objectives.siam_mae import SiamMAEConfig
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "mae": MAEConfig,
     "siam_mae": SiamMAEConfig,
+    "cpc": CPCConfig,
     "classify": ClassifyConfig,
 }

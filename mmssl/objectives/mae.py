@@ -47,6 +47,11 @@ class MAE(nn.Module):
     def __init__(self, encoder: EncoderModule, decoder: nn.Module, mask: Mask) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        if encoder.tokenizer.overlaps:
+            raise ValueError(
+                "masked autoencoding needs patches that do not overlap, or what is masked shows in its neighbours: "
+                "take another model.tokenizer.name"
+            )
         mask.kept(encoder.tokenizer.grid)  # a grid that cannot be masked is told now, not in a worker
         self._draw = mask
 

@@ -14,8 +14,9 @@ from mmssl.config import validate
 from mmssl.data.guard import BrokenFile
 from mmssl.errors import UserError
 from modalities import audio_read
-from modalities.audio import GREY, Audio, AudioSignal, AudioTokenizer, SpecMask, filterbank
+from modalities.audio import GREY, Audio
 from modalities.audio_read import Sound, opened, piece, resampled_length
+from modalities.audio_settings import AudioSignal, AudioTokenizer, SpecMask, filterbank
 
 AUDIO = Audio()
 # An eighth of the usual size: 16 frames of 10 ms make a patch.
@@ -244,7 +245,7 @@ def test_what_a_file_cannot_hold_is_not_there_at_a_higher_rate():
 
 def views(path, seeds=(0,), **settings):
     signal = AudioSignal(**{**SMALL, "fill": "repeat", **settings})
-    (size,) = AUDIO.sizes(signal)
+    (size,) = AUDIO.sizes(signal, AudioTokenizer())
     reader = pickle.loads(pickle.dumps(AUDIO.views(signal)))
     return reader(str(path), [np.random.default_rng(seed) for seed in seeds], size)
 

@@ -13,7 +13,7 @@ from mmssl.data.dataset import Sample, collate
 from mmssl.heads.decoder import MaskedDecoder
 from mmssl.masking import MASKS
 from mmssl.objectives.mae import MAE
-from modalities.audio import AudioSignal, AudioTokenizer
+from modalities.audio_settings import AudioSignal, AudioTokenizer
 from modalities.encoder import MODALITIES, Encoder, EncoderConfig, load, typed
 from modalities.fbank import LogMel
 
@@ -57,7 +57,7 @@ def test_sizes_and_grids():
     ours = tokenizer()
     assert (ours.size, ours.grid, ours.channels, ours.patch_dim, ours.extend) == ((5240,), (4, 8), 1, 64, (1,))
     assert [ours.grid_of((ours.log_mel.samples(n) + extra,)) for n, extra in ((8, 0), (80, 79))] == [(4, 1), (4, 10)]
-    assert AUDIO.sizes(AudioSignal(**SMALL)) == ((5240,),)
+    assert AUDIO.sizes(AudioSignal(**SMALL), AudioTokenizer()) == ((5240,),)
     assert AUDIO.tokenizer(AudioSignal(), AudioTokenizer(), 8).grid == (8, 64)
 
 
@@ -184,7 +184,7 @@ def test_a_step_on_files_of_all_durations(tmp_path, kind, fill):
             write_sound(tmp_path / f"{i}.wav", tone(seconds, 11025, 300 + 200 * i), 11025),
             np.random.default_rng(i),
         )
-        (view,) = views(str(path), [rng], AUDIO.sizes(signal)[0])
+        (view,) = views(str(path), [rng], AUDIO.sizes(signal, AudioTokenizer())[0])
         samples.append(Sample({**view, **objective.draw()(rng, grid), "seed": i}, []))
     batch, _ = collate(samples)
     assert ("length" in batch) == (fill == "pad")

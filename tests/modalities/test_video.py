@@ -431,4 +431,4 @@ def test_bad_settings_are_told_in_a_sentence(given, sentence):
 def test_tubes_must_divide_the_clip():
     with pytest.raises(ValueError, match="not a multiple of patch size"):
         VIDEO.tokenizer(VideoSignal(frames=15), VideoTokenizer(), 24)
-    assert VIDEO.sizes(VideoSignal(size=112)) == ((16, 112, 112),)
+    assert VIDEO.sizes(VideoSignal(size=112), None) == ((16, 112, 112),)

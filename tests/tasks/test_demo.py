@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_limits
 from mmssl.data.fragment import overlapping
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError
-from modalities.audio import filterbank
 from modalities.audio_read import info
+from modalities.audio_settings import filterbank
 from modalities.encoder import MODALITIES, Encoder
 from tasks.build import load_recipe
 from tasks.demo import DATA, PRETRAINED, SCRATCH, demo, demos, finding, probe_top1, run_demo, sides, unpack

@@ -11,10 +11,10 @@ import soundfile
 import torch
 from media import numbered, numbers, tone, write_sound, write_video
 
-from mmssl.contracts import Moves, Sounds
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError
 from mmssl.run import Run
+from modalities.abilities import Moves, Sounds
 from modalities.encoder import MODALITIES, load
 from tasks.build import build_objective, parse_recipe
 from tasks.panels import Block, Line, Panel, Shot, arranged, read_example

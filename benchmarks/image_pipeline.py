@@ -27,7 +27,8 @@ from torchvision.transforms import functional
 from mmssl.data.dataset import Bucket, Plan, Samples, Stream, loader
 from mmssl.distributed import World
 from modalities import image_views
-from modalities.image import Image, ImageSignal
+from modalities.image import Image
+from modalities.image_settings import ImageSignal
 
 JPEGS = ((375, 500), (480, 640), (768, 1024), (3000, 4000))
 EACH = 4

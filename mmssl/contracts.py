@@ -61,7 +61,8 @@ class Tokenizer(Protocol):
     It is made for signals [B, ``channels``, *``size``], which have the token grid ``grid``; others have other grids.
     ``extend`` are the grid's axes along which a longer signal is more of the same (time), not a finer one.
     ``overlaps``: an embedding sees more than its own patch, so that a masked one shows in its neighbours. ``placed``:
-    it says where its patch is, which tells a patch from those of other places without a look at it.
+    it says where its patch is, which tells a patch from those of other places without a look at it. ``edge``: so many
+    of the first tokens see zeros that stand before the signal, and are known by that.
     """
 
     dim: int
@@ -73,6 +74,7 @@ class Tokenizer(Protocol):
     extend: tuple[int, ...]
     overlaps: bool
     placed: bool
+    edge: int
 
     def patches(self, batch: Batch) -> Tensor:
         """Cut the ``signal`` [B, C, *size] of a batch into [B, N, P] without learning anything."""
@@ -160,6 +162,8 @@ class EncoderModule(Protocol):
     dim: int
     num_prefix: int
     pooling: Literal["mean", "cls"]
+    output: Literal["context", "latent"]
+    """Whether it gives what the backbone made of patches or the embedded patches themselves."""
 
     @property
     def tokenizer(self) -> Tokenizer:

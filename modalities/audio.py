@@ -136,33 +136,40 @@ class Audio(OneLook):
     def picture(self, x: Tensor, signal: AudioSignal) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Draw a normalised spectrogram [1, mels, frames], low frequencies at the bottom: uint8 [mels, frames, 3].
 
-        Values of exactly 0, as hidden parts have, are grey.
+        Values of exactly 0, as hidden parts have, are grey. Of a waveform [1, samples] it is the spectrogram.
         """
         from matplotlib import colormaps
 
-        values = x[0].detach().float().cpu().flip(0)
+        values = _spectrogram(x, signal)[0].detach().float().cpu().flip(0)
         (mean,), (std,) = signal.mean, signal.std
         share = (values * std + mean - FAINT) / (LOUD - FAINT)
         colours = colormaps["magma"](share.clamp(0, 1).numpy(), bytes=True)[..., :3]
         return np.where((values == 0).numpy()[..., None], np.uint8(GREY), colours)
 
     def lattice(self, values: np.ndarray[Any, Any], grid: Grid) -> np.ndarray[Any, Any]:
-        """Arrange values of tokens [N, ...] as the picture is, low frequencies below: [frequency, time, ...]."""
-        return values.reshape(*grid, *values.shape[1:])[::-1]
+        """Arrange values of tokens [N, ...] as the picture is, low frequencies below: [frequency, time, ...].
+
+        Tokens of a waveform span all frequencies.
+        """
+        rows = grid if len(grid) == 2 else (1, *grid)
+        return values.reshape(*rows, *values.shape[1:])[::-1]
 
     def sound(self, x: Tensor, signal: AudioSignal) -> tuple[Tensor, int]:
         """Make a normalised spectrogram [1, mels, frames] audible: float32 [samples], and the rate.
 
-        Phases are guessed (Griffin-Lim), so even an untouched spectrogram sounds somewhat different.
+        Phases are guessed (Griffin-Lim), so even an untouched spectrogram sounds somewhat different. A waveform
+        [1, samples] is there already.
         """
         from modalities.griffin_lim import invert
 
+        if x.ndim == 2:
+            return x[0].detach().float().cpu(), signal.sample_rate
         (mean,), (std,) = signal.mean, signal.std
         return invert(x[0].detach().float().cpu() * std + mean, filterbank(signal)), signal.sample_rate
 
     def axes(self, x: Tensor, signal: AudioSignal) -> Axes:
         """Return where times and frequencies lie on ``picture`` of a spectrogram [1, mels, frames]."""
-        log_mel, frames = filterbank(signal), x.shape[2]
+        log_mel, frames = filterbank(signal), _spectrogram(x, signal).shape[2]
         per_second = signal.sample_rate / log_mel.hop
         step = _step(frames / per_second)
         times = [(i * step * per_second, f"{i * step:g}") for i in range(int(frames / per_second / step) + 1)]
@@ -193,6 +200,15 @@ class _EvalTransform:
         starts = np.linspace(0, frames - each, views).round().astype(int) * ruler.hop
         length = ruler.samples(each)
         return torch.stack([waveform[start : start + length] for start in starts]).unsqueeze(1)
+
+
+def _spectrogram(x: Tensor, signal: AudioSignal) -> Tensor:
+    # What the tokenizer cuts is a spectrogram, or the waveform itself, perhaps shorter than a window.
+    if x.ndim == 3:
+        return x
+    log_mel, ((mean,), (std,)) = filterbank(signal), (signal.mean, signal.std)
+    wave = F.pad(x.detach().float().cpu(), (0, max(0, log_mel.window - x.shape[1])))
+    return (log_mel(wave) - mean) / std  # type: ignore[no-any-return]
 
 
 def _at_rate(sound: "Sound", signal: AudioSignal) -> Tensor:

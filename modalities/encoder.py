@@ -26,9 +26,10 @@ from mmssl.files import replacing_folder, save_tensors, write_json
 from mmssl.heads.classifier import mean_pool
 from modalities.audio import Audio
 from modalities.image import Image
+from modalities.text import Text
 from modalities.video import Video
 
-MODALITIES: dict[str, Modality] = {"image": Image(), "video": Video(), "audio": Audio()}
+MODALITIES: dict[str, Modality] = {"image": Image(), "video": Video(), "audio": Audio(), "text": Text()}
 FORMAT = 1
 DECODE_TIMEOUT = 30.0
 BATCH_VALUES = 64 * 3 * 224 * 224
@@ -47,6 +48,11 @@ class ModelConfig(Piece):
     in CPC, whose backbone (the context, of the rows above alone) is then needed in pre-training only."""
     pool: Literal["mean", "cls"] = "mean"
     """One vector per signal: the mean of its tokens, or the class token."""
+
+    @property
+    def blocks(self) -> int:
+        """Through how many blocks tokens go to become what the encoder gives."""
+        return self.backbone.depth if self.output == "context" else 0
 
 
 class EncoderConfig(Piece):
@@ -116,13 +122,14 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         kind, model = MODALITIES[config.modality], config.model
+        settings: BackboneConfig = model.backbone
+        self._tokenizer = kind.tokenizer(config.signal, model.tokenizer, settings.reads)
         # An encoder sees one signal at a time, whatever it was trained on.
         config = config.model_copy(update={"signal": kind.alone(config.signal)})
         self.config, self.kind = config, kind
         self.modality = config.modality
         self.pooling: Literal["mean", "cls"] = model.pool
-        settings: BackboneConfig = model.backbone
-        self._tokenizer = kind.tokenizer(config.signal, model.tokenizer, settings.reads)
+        self.output: Literal["context", "latent"] = model.output
         self.backbone: Backbone = settings.build()
         self.dim = settings.dim if model.output == "context" else settings.reads
         self.num_prefix = int(model.cls_token)
@@ -165,7 +172,7 @@ class Encoder(nn.Module):
         if pad is not None:
             pad = F.pad(pad if index is None else pad.gather(1, index), (self.num_prefix, 0))
         tokens = self._embed(patches, index, grid)
-        return tokens if self.config.model.output == "latent" else self.backbone(tokens, pad, seeds, grid)
+        return tokens if self.output == "latent" else self.backbone(tokens, pad, seeds, grid)
 
     def new_backbone(self) -> Backbone:
         """Return another backbone of the same settings, freshly initialised."""
@@ -184,7 +191,7 @@ class Encoder(nn.Module):
         before, past = (None, None) if state is None else state
         tokens, before = tokenizer.step(chunk, before)
         vectors, past = backbone.step(tokens, past)
-        return tokens if self.config.model.output == "latent" else vectors, (before, past)
+        return tokens if self.output == "latent" else vectors, (before, past)
 
     def _embed(self, patches: Tensor, index: Tensor | None, grid: Grid | None) -> Tensor:
         tokens = self._tokenizer.embed(patches, index, grid)
@@ -205,16 +212,16 @@ class Encoder(nn.Module):
 
         Of several views, [B, V, C, *size], the vectors are averaged.
         """
-        vectors = over_views(lambda x: self.pool(self._latent(x)).float(), signal, self.axes)
+        vectors = over_views(lambda x: self.pool(*self._latent(x)).float(), signal, self.axes)
         return vectors.mean(1) if vectors.ndim == 3 else vectors
 
-    def _latent(self, signal: Tensor) -> Tensor:
+    def _latent(self, signal: Tensor) -> tuple[Tensor, Tensor | None]:
         training = self.training
         self.eval()
         try:
-            signal = signal.to(self.device, torch.float32)
-            grid = self._tokenizer.grid_of(signal.shape[2:])
-            return self(self._tokenizer.patches({"signal": signal}), grid=grid)  # type: ignore[no-any-return]
+            batch = {"signal": signal.to(self.device, torch.float32)}
+            grid, pad = self._tokenizer.grid_of(signal.shape[2:]), self._tokenizer.pad(batch)
+            return self(self._tokenizer.patches(batch), grid=grid, pad=pad), pad
         finally:
             self.train(training)
 
@@ -271,7 +278,7 @@ class Encoder(nn.Module):
             grids |= {self._tokenizer.grid_of(signal.shape[1:]) for signal in signals}
             if len(grids) > 1:
                 raise ValueError(f"the inputs have different token grids ({sorted(grids)}): ask for one at a time")
-            parts.append(self._latent(torch.stack(signals))[:, self.num_prefix :].float().cpu())
+            parts.append(self._latent(torch.stack(signals))[0][:, self.num_prefix :].float().cpu())
         return torch.cat(parts) if parts else torch.empty(
             0, 0, self.dim
         ), grids.pop() if grids else self._tokenizer.grid
@@ -303,11 +310,15 @@ class Encoder(nn.Module):
     def layers(self, batch: Batch) -> list[Tensor]:
         """Return what every block puts out for the signals of a batch: tensors [B, num_prefix + N, dim], normalised.
 
+        Where the encoder gives embedded patches, they are the one layer.
+
         Each goes through the final norm, as in DINO's evaluation, so the last one is what ``forward`` returns.
         """
         tokenizer = self._tokenizer
         grid, pad = tokenizer.grid_of(batch["signal"].shape[2:]), tokenizer.pad(batch)
         tokens = self._embed(tokenizer.patches(batch), None, grid)
+        if self.output == "latent":
+            return [tokens]
         pad = None if pad is None else F.pad(pad, (self.num_prefix, 0))
         return self.backbone.layers(tokens, pad, batch.get("seed"), grid)
 

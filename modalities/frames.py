@@ -10,7 +10,7 @@ from torch import Tensor
 from mmssl.contracts import Size
 from mmssl.data.guard import BrokenFile
 from mmssl.data.isolate import isolated
-from modalities.image import ImageSignal
+from modalities.image_settings import ImageSignal
 from modalities.looks import Frame, FramePair
 from modalities.pixels import Frames, resized
 from modalities.video import Video, VideoSignal, as_signals, corners, covering

@@ -14,131 +14,21 @@ import PIL.Image
 import torch
 from PIL.Image import Resampling
 from PIL.ImageFile import ImageFile
-from pydantic import ValidationInfo, field_validator, model_validator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mmssl.backbones.positions import PositionKind
+from mmssl.backbones.resnet import ResNet
 from mmssl.config import Piece
 from mmssl.contracts import Grid, Media, Size, Views
 from mmssl.data.guard import guarded
-from modalities.augment import Augment
+from modalities.crops import Crops
 from modalities.image_read import decode, opened, pixels, to_rgb, upright_size
-from modalities.looks import CropPair, Frame, FramePair, Look, OneLook
-from modalities.patches import PatchTokenizer, TargetKind
+from modalities.image_settings import AnyTokenizer, CropTokenizer, ImageSignal, ImageTokenizer
+from modalities.looks import CropPair, Frame, FramePair, OneLook
+from modalities.patch_augment import PatchAugment, PatchViews
+from modalities.patches import PatchTokenizer
 from modalities.pixels import Frames, normalised, resized
 from modalities.video_read import VIDEO_FILES
-
-
-def _pair(value: Any) -> Any:
-    # A YAML 224 means a square: [224, 224].
-    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-class ImageSignal(Piece):
-    """How a decoded picture becomes a signal."""
-
-    size: tuple[int, int] = (224, 224)
-    """Height and width in pixels; one number is a square."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Training: least and greatest fraction of the picture's area in a crop (MAE, arXiv:2111.06377, table 8)."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Training: least and greatest width / height of a crop over that of ``size`` (Inception, arXiv:1409.4842)."""
-    buckets: tuple[tuple[int, int], ...] = ()
-    """Further sizes [height, width]. Each picture is cropped to the one, ``size`` included, whose aspect ratio is
-    nearest to its own, and a batch holds pictures of one size."""
-    flip: bool = True
-    """Training: mirror every other picture left to right."""
-    augment: Augment = Augment()
-    """Training: what else is done to a crop."""
-    look: Look | None = None
-    """Training: what a sample is if not a crop of a picture. kind frame: of a frame of a video, and videos are what is
-    trained on. For objectives that predict one look from another (siam_mae), kind frames: of two frames of a video,
-    kind crops: two crops of a picture."""
-    draft: bool = True
-    """Training: decode a JPEG file at 1/2, 1/4 or 1/8 where even its smallest crop has ``size`` pixels that way.
-    Far faster for large photographs; the pixels differ slightly from a full decoding, which evaluation always does."""
-    resize_ratio: float = 0.875
-    """Evaluation: the centre crop's share of the resized picture's side; MAE's is 224 / 256, 1 leaves no margin."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted per channel, on a scale of 0 to 1 (ImageNet's)."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Divided by per channel (ImageNet's)."""
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return _pair(value)
-
-    @field_validator("buckets", mode="before")
-    @classmethod
-    def _squares(cls, value: Any) -> Any:
-        return [_pair(size) for size in value] if isinstance(value, list | tuple) else value
-
-    @field_validator("buckets")
-    @classmethod
-    def _positive_sizes(cls, value: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-        if any(side <= 0 for size in value for side in size):
-            raise ValueError(f"every side must be greater than 0, but got {[list(size) for size in value]}")
-        return value
-
-    @field_validator("size", "std")
-    @classmethod
-    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if min(value) <= 0:
-            raise ValueError(f"every number must be greater than 0, but got {list(value)}")
-        return value
-
-    @field_validator("crop_scale", "crop_ratio")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-        low, high = value
-        if not 0 < low <= high:
-            raise ValueError(f"is [least, greatest], both greater than 0, but got {list(value)}")
-        if info.field_name == "crop_scale" and high > 1:
-            raise ValueError(f"is a fraction of the picture's area, at most 1, but got {list(value)}")
-        return value
-
-    @field_validator("resize_ratio")
-    @classmethod
-    def _fraction(cls, value: float) -> float:
-        if not 0 < value <= 1:
-            raise ValueError(f"is the share of a side that is kept, above 0 and at most 1, but got {value}")
-        return value
-
-    @model_validator(mode="after")
-    def _no_buckets_of_videos(self) -> "ImageSignal":
-        if self.buckets and isinstance(self.look, Frame | FramePair):
-            raise ValueError("buckets are for pictures, not for the frames of videos (signal.look)")
-        return self
-
-    @property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """All sizes that signals may have, the encoder's own first."""
-        return self.size, *self.buckets
-
-
-class ImageTokenizer(Piece):
-    """How a picture is cut into tokens."""
-
-    patch_size: tuple[int, int] = (16, 16)
-    """Height and width of a patch in pixels; one number is a square. Both must divide ``signal.size``."""
-    positions: PositionKind = "sincos"
-    """Fixed sine-cosine positions, or learned ones."""
-    target: TargetKind = "normalized"
-    """What a reconstruction predicts: patches normalised one by one (MAE, section 4.1), or raw values."""
-
-    @field_validator("patch_size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return _pair(value)
-
-    @field_validator("patch_size")
-    @classmethod
-    def _positive(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if min(value) <= 0:
-            raise ValueError(f"both sides must be greater than 0, but got {list(value)}")
-        return value
 
 
 class Image(OneLook):
@@ -150,7 +40,7 @@ class Image(OneLook):
     extent_words: tuple[str, ...] = ("height", "width")
     suffixes = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
     signal_type = ImageSignal
-    tokenizer_types: tuple[type[Piece], ...] = (ImageTokenizer,)
+    tokenizer_types: tuple[type[Piece], ...] = (ImageTokenizer, CropTokenizer)
 
     def decode(self, path: str) -> PIL.Image.Image:
         """Return the file's (first) picture: upright by its EXIF, 8-bit RGB, alpha laid over white.
@@ -195,11 +85,14 @@ class Image(OneLook):
         return ("signal", "past") if isinstance(signal.look, FramePair | CropPair) else ("signal",)
 
     def alone(self, signal: ImageSignal) -> ImageSignal:
-        """Return the settings of one picture."""
-        return signal.model_copy(update={"look": None})
+        """Return the settings of one picture, whole: what is done to patches is for pre-training."""
+        return signal.model_copy(update={"look": None, "patch_augment": PatchAugment()})
 
     def views(self, signal: ImageSignal) -> Views:
         """Return what reads a picture, or a video, and makes random resized crops and flips of it."""
+        if signal.patch_augment.active:
+            plain = signal.model_copy(update={"patch_augment": PatchAugment()})
+            return PatchViews(self.views(plain), signal.patch_augment)
         # Only training needs torchvision, whose import takes seconds; the data workers inherit it.
         if isinstance(signal.look, Frame | FramePair):
             from modalities.frames import FrameViews
@@ -209,7 +102,7 @@ class Image(OneLook):
 
         return ImageViews(signal)
 
-    def example(self, path: str, signal: ImageSignal, tokenizer: ImageTokenizer) -> dict[str, Tensor]:
+    def example(self, path: str, signal: ImageSignal, tokenizer: AnyTokenizer) -> dict[str, Tensor]:
         """Return a picture's centre crop, or that of a video's middle frame or frames; of two crops the middle of one.
 
         Raises BrokenFile.
@@ -222,19 +115,29 @@ class Image(OneLook):
         return found if signal.look is None else found | {"past": found["signal"], "signal": _inner(found["signal"])}
 
     def eval_transform(
-        self, signal: ImageSignal, tokenizer: ImageTokenizer | None = None
+        self, signal: ImageSignal, tokenizer: AnyTokenizer | None = None
     ) -> Callable[[PIL.Image.Image], Tensor]:
         """Return a picklable centre crop: RGB picture -> float32 [3, h, w]."""
         return _EvalTransform(signal)
 
-    def tokenizer(self, signal: ImageSignal, tokenizer: ImageTokenizer, dim: int) -> PatchTokenizer:
+    def tokenizer(self, signal: ImageSignal, tokenizer: AnyTokenizer, dim: int) -> PatchTokenizer | Crops:
         """Return a tokenizer of ``dim`` channels; raises ValueError where patches do not divide a size."""
-        made = PatchTokenizer(signal.size, tokenizer.patch_size, 3, dim, tokenizer.positions, tokenizer.target)
+        made: PatchTokenizer | Crops
+        if isinstance(tokenizer, CropTokenizer):
+            network = ResNet(3, dim, tokenizer.blocks, tokenizer.channels, tokenizer.bottlenecks, tokenizer.norm)
+            made = Crops(signal.size, tokenizer.patch_size, tokenizer.stride, network, signal.mean, signal.std)
+        elif signal.patch_augment.active:
+            raise ValueError(
+                f"signal.patch_augment changes patches that overlap, which model.tokenizer '{tokenizer.name}' has none "
+                "of; take model.tokenizer.name=crops, or signal.augment for whole pictures"
+            )
+        else:
+            made = PatchTokenizer(signal.size, tokenizer.patch_size, 3, dim, tokenizer.positions, tokenizer.target)
         for size in signal.buckets:
             made.grid_of(size)
         return made
 
-    def stills(self, frames: Frames, size: Size, signal: ImageSignal, tokenizer: ImageTokenizer) -> Tensor:
+    def stills(self, frames: Frames, size: Size, signal: ImageSignal, tokenizer: AnyTokenizer) -> Tensor:
         """Return frames uint8 [n, H, W, 3] as signals of ``size``: float32 [n, 3, h, w]."""
         small = torch.from_numpy(resized(frames, (size[0], size[1])))
         return normalised(small.movedim(-1, -3), signal.mean, signal.std, axis=-3)

@@ -21,8 +21,9 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from mmssl.contracts import Size
 from modalities.augment import Augment, augment_picture, augment_signal
-from modalities.image import Box, ImageSignal
+from modalities.image import Box
 from modalities.image_read import QUARTER_TURN, opened, orientation, pixels, upright_size
+from modalities.image_settings import ImageSignal
 from modalities.looks import CropPair
 from modalities.pixels import normalised
 

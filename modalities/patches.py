@@ -31,7 +31,7 @@ class PatchTokenizer(nn.Module):
     """
 
     eps: Tensor
-    overlaps, placed = False, True
+    overlaps, placed, edge = False, True, 0
 
     def __init__(
         self,

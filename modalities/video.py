@@ -19,7 +19,8 @@ from mmssl.config import Piece
 from mmssl.contracts import Grid, Size, Views
 from mmssl.data.isolate import isolated
 from modalities.augment import Augment
-from modalities.image import Image, ImageSignal
+from modalities.image import Image
+from modalities.image_settings import ImageSignal
 from modalities.looks import OneLook
 from modalities.patches import PatchTokenizer, TargetKind
 from modalities.pixels import Frames, FrameSize, normalised, resized

@@ -28,6 +28,7 @@ class Waves(nn.Module):
         self.convs = StridedConvs(1, dim, kernels, strides, norm)
         self.dim, self.hop = dim, self.convs.hop
         self.patch_dim = self.hop
+        self.edge = self.convs.edge
         self.patch_size: Size = (self.hop,)
         self.size: Size = (samples,)
         self.grid = self.grid_of(self.size)

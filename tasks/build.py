@@ -211,7 +211,7 @@ def build_engine(recipe: Recipe, objective: nn.Module, device: torch.device, ds:
 def make_optimizer(recipe: Recipe, objective: nn.Module) -> torch.optim.Optimizer:
     """Make the recipe's optimiser over what is to be trained."""
     optim = recipe.optim
-    groups = param_groups(objective, optim.weight_decay, optim.layer_decay, recipe.model.backbone.depth)
+    groups = param_groups(objective, optim.weight_decay, optim.layer_decay, recipe.model.blocks)
     if optim.name == "sgd":
         return sgd(groups, optim.momentum)
     return LARS(groups, optim.momentum) if optim.name == "lars" else adamw(groups, optim.betas, optim.eps)

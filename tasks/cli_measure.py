@@ -146,7 +146,16 @@ def linear_probe(
     batch_norm: Annotated[
         bool | None, typer.Option("--batch-norm/--no-batch-norm", help="Other protocols: normalise over the batch.")
     ] = None,
-    label_column: LabelColumn = "label",
+    frames: Annotated[
+        Path | None,
+        typer.Option(help="logistic: probe single moments of sounds; a table of path, start, end (seconds), label."),
+    ] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, help="--frames: fit at most so many training frames, drawn by lot. [50000]")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Manifest column with the labels [label]; --frames: its column [the only one].")
+    ] = None,
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
     seed: Annotated[
@@ -158,18 +167,43 @@ def linear_probe(
     as_json: Json = False,
 ) -> None:
     """Train a linear classifier on frozen features, and test it."""
+    from tasks.frame_probe import MAX_FRAMES, frame_probe
+    from tasks.frames import SoundFrames
     from tasks.probe_protocols import probe as run
+    from tasks.segment_labels import read_segments
 
     settings = parse_assignments(overrides or ())
     if batch_norm is not None:
         settings["objective.head.batch_norm"] = batch_norm
+    _check_frames(frames, max_frames, protocol, per_layer, list(settings))
     writable(out)
     loaded = load(encoder, parse_assignments(signal or ()))
+    halves = pair(loaded, train, test, train_split, test_split)
+    if frames is not None:
+        labels = read_segments(frames, loaded.kind, label_column)
+        probed = frame_probe(
+            SoundFrames(loaded), *halves, labels, max_frames or MAX_FRAMES, seed, skip_broken=skip_broken
+        )
+        keep(probed, out, "linear-probe.json", signal)
+        emit(probed, as_json, signal)
+        return
     result = run(
-        loaded, *pair(loaded, train, test, train_split, test_split), protocol, out, per_layer=per_layer,
-        label_column=label_column, seed=seed, skip_broken=skip_broken, overrides=settings,
+        loaded, *halves, protocol, out, per_layer=per_layer,
+        label_column=label_column or "label", seed=seed, skip_broken=skip_broken, overrides=settings,
     )  # fmt: skip
     emit(result, as_json, signal)
+
+
+def _check_frames(
+    frames: Path | None, max_frames: int | None, protocol: str, per_layer: bool, settings: list[str]
+) -> None:
+    if frames is None and max_frames is not None:
+        raise UserError("--max-frames is for --frames; leave it out, or name a table of labels with --frames")
+    others = [*(["--per-layer"] if per_layer else []), *settings]
+    if protocol != "logistic":
+        others.append(f"--protocol {protocol}")
+    if frames is not None and others:
+        raise UserError(f"--frames has the protocol logistic alone, on the encoder's output; leave out {others[0]}")
 
 
 def embed(
@@ -177,16 +211,24 @@ def embed(
     data: Annotated[Path, typer.Argument(metavar="PATH", help="A file, a folder or a manifest.")],
     out: Annotated[Path, typer.Option(help="The parquet file to write: path, split, label, vector.")],
     split: Annotated[str | None, typer.Option(help="Which split of the data; all of it by default.")] = None,
+    frames: Annotated[
+        bool, typer.Option("--frames", help="Sounds: a row for every moment, with its start and end in seconds.")
+    ] = False,
     signal: Signal = None,
     skip_broken: SkipBroken = False,
     as_json: Json = False,
 ) -> None:
-    """Write one vector per file."""
+    """Write one vector per file, or one per moment."""
     from tasks.embed import embed as run
+    from tasks.embed import embed_frames
+    from tasks.frames import SoundFrames
 
     loaded = load(encoder, parse_assignments(signal or ()))
     listing = list_files(data, loaded.kind, split=split)
-    emit(run(loaded, listing, out, skip_broken=skip_broken), as_json, signal)
+    if frames:
+        emit(embed_frames(SoundFrames(loaded), listing, out, skip_broken=skip_broken), as_json, signal)
+    else:
+        emit(run(loaded, listing, out, skip_broken=skip_broken), as_json, signal)
 
 
 def show(

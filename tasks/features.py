@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, Unpack
@@ -31,8 +31,8 @@ ReportProgress = Callable[[int, int], None]
 """Called with (files done, files in all) after every batch."""
 
 
-class Extractor(Protocol):
-    """What features are computed with: an Encoder, or anything that reads files and maps signals to vectors."""
+class Reader(Protocol):
+    """What makes signals of files."""
 
     @property
     def decode(self) -> Callable[[str], Any]:
@@ -43,6 +43,10 @@ class Extractor(Protocol):
     def transform(self) -> Callable[[Any], Tensor]:
         """Turn what was decoded into a float32 signal [C, *size], or several views [V, C, *size]; picklable."""
         ...
+
+
+class Extractor(Reader, Protocol):
+    """What features are computed with: an Encoder, or anything that reads files and maps signals to vectors."""
 
     @property
     def batch_size(self) -> int:
@@ -176,8 +180,8 @@ def default_cache() -> Path:
 class _Files(Dataset[tuple[int, Tensor | str]]):
     """Gives (index, signal), or (index, reason) for a file that is broken. Holds no weights: workers get a copy."""
 
-    def __init__(self, encoder: Extractor, paths: Sequence[str], timeout: float) -> None:
-        self.read, self.transform = encoder.decode, encoder.transform
+    def __init__(self, reader: Reader, paths: Sequence[str], timeout: float) -> None:
+        self.read, self.transform = reader.decode, reader.transform
         self.paths, self.timeout = paths, timeout
 
     def __len__(self) -> int:
@@ -206,18 +210,31 @@ def _collate(items: list[tuple[int, Tensor | str]]) -> _Loaded:
     return whole, [(index, reason) for index, reason in items if isinstance(reason, str)]
 
 
-def _loader(
-    encoder: Extractor, listing: Listing, batch_size: int, workers: int | Literal["auto"], timeout: float
-) -> DataLoader[tuple[int, Tensor | str]]:
+def signals(
+    reader: Reader,
+    listing: Listing,
+    batch_size: int,
+    workers: int | Literal["auto"] = "auto",
+    skip_broken: bool = False,
+    timeout: float = 30.0,
+) -> Iterator[_Loaded]:
+    """Yield what data workers make of so many files at a time, in their order; arguments and errors as ``extract``.
+
+    It is the indices and stacked signals [B, ...] of the files of each size, and (index, reason) of broken files.
+    """
     # One batch gains nothing from processes that take longer to start than to decode it.
     few = workers == "auto" and len(listing) <= batch_size
-    return DataLoader(
-        _Files(encoder, listing.paths, timeout),
+    loader = DataLoader(
+        _Files(reader, listing.paths, timeout),
         batch_size,
         num_workers=0 if few else worker_count(workers, world()),
         collate_fn=_collate,
         worker_init_fn=prepare_worker,
     )
+    for whole, broken in loader:
+        for index, reason in [] if skip_broken else broken:
+            raise UnusableData(f"{listing.paths[index]}: {reason}; evaluation never leaves a file out unasked")
+        yield whole, broken
 
 
 def compute(
@@ -232,16 +249,11 @@ def compute(
     """Return what ``extract`` does, without a cache; none at all where every file is broken and ``skip_broken``."""
     vectors: dict[int, Tensor] = {}
     skipped: list[tuple[str, str]] = []
-    batch: _Loaded
     size = encoder.batch_size if batch_size is None else batch_size
-    for batch in _loader(encoder, listing, size, workers, timeout):
-        whole, broken = batch
-        for index, reason in broken:
-            if not skip_broken:
-                raise UnusableData(f"{listing.paths[index]}: {reason}; evaluation never leaves a file out unasked")
-            skipped.append((listing.name(index), reason))
+    for whole, broken in signals(encoder, listing, size, workers, skip_broken, timeout):
+        skipped += [(listing.name(index), reason) for index, reason in broken]
         for indices, signal in whole:
-            rows = _finite(encoder.features(signal).detach().float().cpu(), [listing.paths[i] for i in indices])
+            rows = finite(encoder.features(signal).detach().float().cpu(), [listing.paths[i] for i in indices])
             vectors.update(zip(indices, rows, strict=True))
         if progress is not None:
             progress(len(vectors) + len(skipped), len(listing))
@@ -258,7 +270,8 @@ def check_readable(features: Features, listing: Listing) -> None:
         )
 
 
-def _finite(vectors: Tensor, paths: Sequence[str]) -> Tensor:
+def finite(vectors: Tensor, paths: Sequence[str]) -> Tensor:
+    """Return vectors [n, D] as they are; raises NonFiniteFeatures where they are not finite, naming the path."""
     bad = (~vectors.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteFeatures(f"{paths[bad[0]]}: its features are NaN or infinite")

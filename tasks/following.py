@@ -86,13 +86,15 @@ def checked(encoder: Encoder, options: FollowOptions) -> Settings:
             f"propagate follows what is seen in frames, but this encoder is of modality {encoder.modality}; "
             "give one of images or of videos"
         )
+    if encoder.tokenizer.overlaps:
+        raise UserError("propagate follows patches that lie side by side, but this encoder's overlap")
     for name, least in (("context", 0), ("radius", 0), ("topk", 1), ("short_side", 1)):
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, but got {value}")
     if not 0 < settings.temperature < math.inf:
         raise UserError(f"--temperature must be above 0, but got {settings.temperature:g}")
-    return replace(settings, layer=_block(encoder, settings.layer), depth=encoder.config.model.backbone.depth)
+    return replace(settings, layer=_block(encoder, settings.layer), depth=max(1, encoder.config.model.blocks))
 
 
 def parse_layer(text: str | None) -> Layer | None:
@@ -109,7 +111,7 @@ def parse_layer(text: str | None) -> Layer | None:
 def _block(encoder: Encoder, layer: Layer | None) -> Layer:
     if layer == "patches":
         return layer
-    depth = encoder.config.model.backbone.depth
+    depth = max(1, encoder.config.model.blocks)
     wanted = depth if layer is None else layer + depth + 1 if layer < 0 else layer
     if not 1 <= wanted <= depth:
         raise UserError(

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GroupShuffleSplit, train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -85,37 +85,56 @@ class Choice:
     """Samples held out."""
     stratified: bool
     accuracy: dict[float, float]
-    """Held-out accuracy of every strength of the grid."""
+    """Held-out accuracy of every strength of the grid that was tried."""
     model: LogisticRegression
     """The fit with ``c`` on the samples that were not held out."""
 
 
-def choose(vectors: Tensor, targets: Tensor, seed: int = 0) -> Choice:
+def choose(
+    vectors: Tensor, targets: Tensor, seed: int = 0, groups: Tensor | None = None, patience: int = len(GRID)
+) -> Choice:
     """Choose the regularisation of training features [n, d] with class indices int64 [n] by held-out accuracy.
 
     A fifth of the samples is held out, as many of each class as its share and at least one; where a class has a single
-    sample, a fifth of all. Of equal accuracies the strongest regularisation is taken. Raises UserError where fewer than
-    two classes are left to fit.
+    sample, a fifth of all; of samples in two or more ``groups`` int64 [n], such as the frames of files, a fifth of the
+    groups. Of equal accuracies the strongest regularisation is taken. Nothing weaker is tried where so many in a row
+    (``patience``) were worse than the best. Raises UserError where fewer than two classes are left to fit.
     """
-    _, counts = np.unique(targets.numpy(), return_counts=True)
+    fit, out, stratified = _halves(targets.numpy(), seed, None if groups is None else groups.numpy())
+    if len(targets[fit].unique()) < 2:
+        classes = len(targets.unique())
+        raise UserError(f"{len(targets)} training samples of {classes} classes are too few for a linear probe")
+    probe = LogisticProbe(vectors[fit], targets[fit])
+    accuracy: dict[float, float] = {}
+    best, model, worse = GRID[0], probe.model, 0
+    for c in GRID:
+        fitted = probe.fit(c)
+        guesses = probe.scores(vectors[out], int(targets.max()) + 1).argmax(1)
+        accuracy[c] = float((guesses == targets[out]).double().mean())
+        worse = worse + 1 if accuracy[c] < accuracy[best] else 0
+        if c == GRID[0] or accuracy[c] > accuracy[best]:
+            best, model = c, fitted
+        if worse == patience:
+            break
+    return Choice(best, len(out), stratified, accuracy, model)
+
+
+def _halves(targets: Array, seed: int, groups: Array | None) -> tuple[Array, Array, bool]:
+    """Return the indices to fit and to hold out, and whether those are stratified."""
+    if groups is not None and len(np.unique(groups)) > 1:
+        split = GroupShuffleSplit(1, test_size=HOLD_OUT, random_state=seed)
+        fit, out = next(split.split(targets, groups=groups))
+        return fit, out, False
+    _, counts = np.unique(targets, return_counts=True)
     stratified = bool(counts.min() >= 2)
     held = math.ceil(HOLD_OUT * len(targets))
     fit, out = train_test_split(
         np.arange(len(targets)),
         test_size=max(held, len(counts)) if stratified else held,
-        stratify=targets.numpy() if stratified else None,
+        stratify=targets if stratified else None,
         random_state=seed,
     )
-    if len(targets[fit].unique()) < 2:
-        raise UserError(f"{len(targets)} training samples of {len(counts)} classes are too few for a linear probe")
-    probe = LogisticProbe(vectors[fit], targets[fit])
-    accuracy, models = {}, {}
-    for c in GRID:
-        models[c] = probe.fit(c)
-        best = probe.scores(vectors[out], int(targets.max()) + 1).argmax(1)
-        accuracy[c] = float((best == targets[out]).double().mean())
-    c = max(GRID, key=lambda strength: (accuracy[strength], -strength))
-    return Choice(c, len(out), stratified, accuracy, models[c])
+    return fit, out, stratified
 
 
 def fit_probe(vectors: Tensor, targets: Tensor, seed: int = 0) -> tuple[LogisticProbe, Choice]:
@@ -123,9 +142,14 @@ def fit_probe(vectors: Tensor, targets: Tensor, seed: int = 0) -> tuple[Logistic
     if len(targets) < 3 or len(targets.unique()) < 2:
         raise UserError("a linear probe needs at least 3 training samples and 2 classes")
     choice = choose(vectors, targets, seed)
+    return fit_chosen(vectors, targets, choice), choice
+
+
+def fit_chosen(vectors: Tensor, targets: Tensor, choice: Choice) -> LogisticProbe:
+    """Return the probe of all training features [n, d] with the regularisation that was chosen."""
     probe = LogisticProbe(vectors, targets)
     probe.fit(choice.c, start=choice.model)
-    return probe, choice
+    return probe
 
 
 @dataclass(frozen=True)
@@ -167,7 +191,7 @@ class ProbeResult:
     def outcome(self) -> dict[str, Any]:
         """Return what fitting led to, besides the scores."""
         return {
-            "hold_out_accuracy": [self.choice.accuracy[c] for c in GRID],
+            "hold_out_accuracy": [self.choice.accuracy.get(c) for c in GRID],
             "c": self.choice.c,
             "converged": self.converged,
             "iterations": self.iterations,

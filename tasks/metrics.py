@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -48,12 +48,35 @@ def classification_scores(
     """
     if scores.ndim != 2 or target.shape != scores.shape[:1] or not len(target):
         raise ValueError(f"scores [n, C] and target [n] are needed, but got {[*scores.shape]} and {[*target.shape]}")
-    rank = target_rank(scores, target)
+    return rank_scores(target_rank(scores, target), target, scores.shape[1], None, seed, resamples, confidence)
+
+
+def rank_scores(
+    rank: Tensor,
+    target: Tensor,
+    num_classes: int,
+    groups: Tensor | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> dict[str, Score]:
+    """Return the ``classification_scores`` of samples of which ``target_rank`` is known, int64 [n].
+
+    Samples of one of the ``groups`` int64 [n], such as the frames of a file, are not independent: resamples are then of
+    groups, each with all its samples.
+    """
     outcome = ((rank < 5).long() + (rank < 1).long()).numpy()
     present, row = np.unique(target.cpu().numpy(), return_inverse=True)
-    counts = np.bincount(row * 3 + outcome, minlength=3 * len(present)).reshape(-1, 3)
-    result = _bootstrap(counts, seed, resamples, confidence)
-    if scores.shape[1] <= 5:
+    cell = row * 3 + outcome
+    if groups is None:
+        draw = _of_samples(np.bincount(cell, minlength=3 * len(present)))
+    else:
+        names, group = np.unique(groups.numpy(), return_inverse=True)
+        cells = np.bincount(group * 3 * len(present) + cell, minlength=3 * len(present) * len(names))
+        draw = _of_groups(cells.reshape(len(names), -1))
+    counts = np.bincount(cell, minlength=3 * len(present)).reshape(-1, 3)
+    result = _bootstrap(counts, draw, seed, resamples, confidence)
+    if num_classes <= 5:
         del result["top5"]
     return result
 
@@ -169,16 +192,41 @@ def target_rank(scores: Tensor, target: Tensor, chunk: int = 4096) -> Tensor:
     return torch.cat(ranks).cpu()
 
 
-def _bootstrap(counts: Counts, seed: int, resamples: int, confidence: float) -> dict[str, Score]:
+_Draw = Callable[[np.random.Generator, int], Counts]
+"""Makes so many resamples of a test set: the number of samples per class and outcome, [resamples, classes * 3]."""
+
+
+def _of_samples(cells: Counts) -> _Draw:
     # All three scores depend on a resample only through the number of samples per (class, outcome), and those numbers
     # are exactly multinomial: drawing them costs classes instead of samples, 3 C numbers where n would be needed.
-    rng, filled = np.random.default_rng(seed), np.flatnonzero(counts)
-    share = counts.ravel()[filled] / counts.sum()
+    filled = np.flatnonzero(cells)
+    share = cells[filled] / cells.sum()
+
+    def draw(rng: np.random.Generator, resamples: int) -> Counts:
+        drawn = np.zeros((resamples, len(cells)), dtype=np.int64)
+        drawn[:, filled] = rng.multinomial(cells.sum(), share, size=resamples)
+        return drawn
+
+    return draw
+
+
+def _of_groups(cells: Counts) -> _Draw:
+    # As float64, in which these whole numbers are exact, the product is a fast one.
+    count, values = len(cells), cells.astype(np.float64)
+
+    def draw(rng: np.random.Generator, resamples: int) -> Counts:
+        times = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+        return (times.astype(np.float64) @ values).astype(np.int64)
+
+    return draw
+
+
+def _bootstrap(counts: Counts, draw: _Draw, seed: int, resamples: int, confidence: float) -> dict[str, Score]:
+    rng = np.random.default_rng(seed)
     chunk = max(1, 2**21 // counts.size)
     parts = []
     for first in range(0, resamples, chunk):
-        drawn = np.zeros((min(chunk, resamples - first), counts.size), dtype=np.int64)
-        drawn[:, filled] = rng.multinomial(counts.sum(), share, size=len(drawn))
+        drawn = draw(rng, min(chunk, resamples - first))
         parts.append(_statistics(drawn.reshape(-1, *counts.shape)))
     values = _statistics(counts[None])
     tail = (1 - confidence) / 2
@@ -202,10 +250,10 @@ def scores_as_dict(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:
     return {name: score.as_dict() for name, score in scores.items()}
 
 
-def score_table(title: str, rows: Mapping[str, Mapping[str, Score]]) -> Table:
-    """Return a table of one row per name and one column per metric, with 95 % intervals."""
+def score_table(title: str, rows: Mapping[str, Mapping[str, Score]], over: str = "test samples") -> Table:
+    """Return a table of one row per name and one column per metric, with 95 % intervals; ``over`` is what they draw."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.caption, table.caption_justify = "95 % bootstrap intervals over test samples", "left"
+    table.caption, table.caption_justify = f"95 % bootstrap intervals over {over}", "left"
     table.add_column("", overflow="fold")
     metrics = list(next(iter(rows.values())))
     for metric in metrics:

@@ -89,7 +89,7 @@ def dino(encoder: Encoder) -> Settings:
     """
     small = encoder.dim < BASE_WIDTH
     pool = ("cls" if small else "cls+mean") if encoder.num_prefix else "mean"
-    layers = min(4, encoder.config.model.backbone.depth) if small else 1
+    layers = min(4, max(1, encoder.config.model.blocks)) if small else 1
     return {
         "head": {"pool": pool, "layers": layers, "batch_norm": False},
         "optim": {"name": "sgd", "base_lr": 0.001, "momentum": 0.9, "weight_decay": 0.0, "warmup": 0.0},

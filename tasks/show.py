@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args
 from rich.console import Console
 from torch import Tensor, nn
 
+from mmssl.backbones.vit import ViT
 from mmssl.contracts import Media, Modality, Reconstructs
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError, nearest, sibling
@@ -132,9 +133,9 @@ def show(
     Reconstructions of videos are also written as an animation, .gif or .webp, and of a sound as a .wav.
 
     ``source`` is a run, an encoder folder or file, or a parquet file that ``mmssl embed`` wrote; ``files`` are media
-    files or folders of them. Without ``panel``, a run whose objective reconstructs shows that, another encoder its
-    attention, and a parquet file t-SNE. Raises UserError for what does not fit together, before anything is computed,
-    and UnusableData naming the first file that is broken.
+    files or folders of them. Without ``panel``, a run whose objective reconstructs shows that, another ViT its
+    attention, any other encoder its components (pca), and a parquet file t-SNE. Raises UserError for what does not fit
+    together, before anything is computed, and UnusableData naming the first file that is broken.
     """
     source, out = Path(source), Path(out)
     _check_out(out)
@@ -265,14 +266,18 @@ def _choose(source: Path, panel: str | None) -> tuple[Name, Run | None]:
     run = _run(source)
     reconstructs = run is not None and isinstance(run[1], Reconstructs)
     if chosen is None:
-        return ("reconstruction" if reconstructs else "attention"), run
+        return ("reconstruction" if reconstructs else "attention" if _attends(source) else "pca"), run
     if run is None:
         folder = encoder_folder(source).parent  # where there is no encoder either, that is the mistake
         hint = f" {folder}" if (folder / "objective").is_dir() else ""
         raise UserError(f"{source} is an encoder without its objective, which reconstructs: give the run{hint}")
     if not reconstructs:
-        raise UserError(f"{source}: {run[0].objective.name} reconstructs nothing; give --panel attention or pca")
+        raise UserError(f"{source}: {run[0].objective.name} reconstructs nothing; give --panel pca or neighbours")
     return chosen, run
+
+
+def _attends(source: Path) -> bool:
+    return isinstance(load(source).backbone, ViT)
 
 
 def _run(source: Path) -> Run | None:

@@ -94,15 +94,18 @@ def mae_step() -> ModuleType:
     return module
 
 
-SMALL = {
-    "model.backbone": {"dim": 16, "depth": 2, "num_heads": 2, "drop_path": 0.2},
-    "objective.decoder": {"dim": 16, "depth": 1, "num_heads": 2},
+RUN = {
     "train.batch_size": 8,
     "train.steps": 12,
     "train.log_every": 1,
     "train.ema": 0.9,
     "data.workers": 0,
     "optim.clip": 1.0,
+}
+SMALL = {
+    "model.backbone": {"dim": 16, "depth": 2, "num_heads": 2, "drop_path": 0.2},
+    "objective.decoder": {"dim": 16, "depth": 1, "num_heads": 2},
+    **RUN,
 }
 """Overrides of any tiny recipe that leave a model of a few thousand weights, with everything stochastic switched on."""
 TINY = {"signal.size": [16, 16], "model.tokenizer.patch_size": [4, 4], **SMALL}
@@ -120,6 +123,16 @@ TINY_PAIRS = {
 TINY_AUDIO = {
     "signal.sample_rate": 8000, "signal.seconds": 0.32, "signal.mels": 32, "signal.fill": "pad",
     "model.tokenizer.patch_size": [8, 8], "objective.mask": "time_frequency", **SMALL,
+}  # fmt: skip
+TINY_CPC = {
+    "signal.sample_rate": 8000, "signal.seconds": 0.32, "signal.fill": "pad", "data.repeats": 2,
+    "model.tokenizer": {"name": "wave", "kernels": [10, 8, 4], "strides": [5, 4, 2]},
+    "model.backbone": {"name": "gru", "dim": 16, "input_dim": 12, "depth": 2},
+    "objective.steps": 3, "objective.skip": 1, "objective.negatives.count": 32, **RUN,
+}  # fmt: skip
+TINY_TEXT = {
+    "signal.sentences": 4, "signal.length": 24, "model.backbone.dim": 16, "objective.steps": 2,
+    **RUN,
 }  # fmt: skip
 
 
@@ -156,13 +169,28 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def materials(photos: Path, clips: Path, sounds: Path) -> dict[str, Material]:
-    """By modality, and for pairs of frames: a tiny recipe, files and settings for runs of a second."""
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 16 texts of 3 to 10 sentences, some shorter than a passage, in two classes: letters and digits."""
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(16):
+        part = folder / ("test" if i >= 10 else "train") / ("letters", "digits")[i % 2]
+        part.mkdir(parents=True, exist_ok=True)
+        words = ("ab", "cde", "éf") if i % 2 == 0 else ("12", "345", "67")
+        lines = [" ".join(words[(i + j + k) % 3] for k in range(2 + j % 3)) + "." for j in range(3 + i // 2)]
+        (part / f"{i:02d}.txt").write_text(" ".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def materials(photos: Path, clips: Path, sounds: Path, texts: Path) -> dict[str, Material]:
+    """By modality, for pairs of frames and CPC of sounds: a tiny recipe, files and settings for runs of a second."""
     return {
         "image": Material("image-mae-tiny", photos, TINY),
         "video": Material("video-mae-tiny", clips, TINY_VIDEO),
         "audio": Material("audio-mae-tiny", sounds, TINY_AUDIO),
         "pairs": Material("siam-mae-tiny", clips, TINY_PAIRS),
+        "cpc": Material("cpc-audio-tiny", sounds, TINY_CPC),
+        "text": Material("cpc-text-tiny", texts, TINY_TEXT),
     }
 
 

@@ -26,7 +26,9 @@ SMALL_SIGNAL = {
     "image": {"signal.size": [32, 32]},
     "video": {"signal.frames": 4, "signal.size": [16, 16], "signal.stride": 2, "signal.short": "hold"},
     "audio": {"signal.seconds": 0.32, "signal.mels": 32},
+    "text": {"signal.sentences": 4, "signal.length": 24},
 }
+SMALL_CROPS = {"patch_size": 8, "stride": 4, "blocks": [1, 1], "channels": [8, 16], "bottlenecks": [4, 4]}
 SMALL_PATCH = {"image": 8, "video": [2, 4, 4], "audio": 8}
 DECODER = {"dim": 16, "depth": 1, "num_heads": 2}
 
@@ -44,6 +46,8 @@ def small(recipe):
         settings |= {"objective.steps": 2}
     if hasattr(recipe.model.tokenizer, "positions"):
         settings |= {"model.tokenizer.patch_size": SMALL_PATCH[recipe.modality]}
+    if getattr(recipe.model.tokenizer, "name", None) == "crops":
+        settings |= {"model.tokenizer": SMALL_CROPS}
     return settings
 
 

@@ -125,9 +125,10 @@ class CausalBlock(nn.Module):
 
     def forward(self, x: Tensor, past: State | None = None, seeds: Tensor | None = None) -> tuple[Tensor, State]:
         """Map [B, n, D] to [B, n, D] where ``past`` are keys and values [B, H, m, E] of those before; return both."""
+        rate = self.drop_path if self.training else 0.0
         attended, seen = self._attend(self.norm1(x), past)
-        x = x + drop_path(attended, self.drop_path, seeds, 2 * self.index)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, seeds, 2 * self.index + 1), seen
+        x = x + drop_path(attended, rate, seeds, 2 * self.index)
+        return x + drop_path(self.mlp(self.norm2(x)), rate, seeds, 2 * self.index + 1), seen
 
     def _attend(self, x: Tensor, past: State | None) -> tuple[Tensor, State]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

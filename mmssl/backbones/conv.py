@@ -61,7 +61,8 @@ class CausalConv(nn.Module):
         out: Tensor = newest + self.bias
         for block, products in enumerate(older):
             late = self.blocks - 1 - block
-            out = out + F.pad(products, (0, 0, late, -late))
+            if late < out.shape[1]:
+                out = out + F.pad(products, (0, 0, late, -late))
         return out[:, known:] if known else out
 
 
@@ -83,6 +84,8 @@ class StridedConvs(nn.Module):
         for kernel, stride in zip(kernels, strides, strict=True):
             self.sees += (kernel - 1) * self.hop
             self.hop *= stride
+        self.edge = -(-self.sees // self.hop) - 1
+        """How many outputs see zeros before the first input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map whole sequences [B, L, I], L a multiple of ``hop``, to [B, L / hop, D], each of ``sees`` inputs."""

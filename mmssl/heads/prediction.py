@@ -87,8 +87,8 @@ class ContrastivePrediction(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z, rows = z.float(), []
             candidates = draw_candidates(z, present, seeds, self.negatives)
-            for k, prediction in enumerate(self.predictor(c), self.skip + 1):
-                rows.append(score(prediction[:, :, :-k].float(), z[:, :, k:], k, present, candidates))
+            for k, prediction in enumerate(self.predictor(c.float()), self.skip + 1):
+                rows.append(score(prediction[:, :, :-k], z[:, :, k:], k, present, candidates))
             losses, hits, counted = (torch.stack(column, 1) for column in zip(*rows, strict=True))
         return self._step(losses, hits, counted, (candidates.most + 1.0).log())
 
@@ -98,10 +98,11 @@ class ContrastivePrediction(nn.Module):
         samples = all_reduce(counted.sum(0).float()) / ranks()
         share = counted.float() / samples.clamp(min=1 / ranks())
         bounds, accuracies = ((log_n.unsqueeze(1) - losses) * share).sum(0).detach(), (hits * share).sum(0)
+        most = (log_n.unsqueeze(1) * share).sum(0)  # samples of unequal length may have unequally many candidates
         steps = range(self.skip + 1, self.skip + self.steps + 1)
         metrics = {f"accuracy_{k}": value for k, value in zip(steps, accuracies, strict=True)}
         metrics |= {f"bound_{k}": value for k, value in zip(steps, bounds, strict=True)}
-        return Step(loss.mean(), metrics | {"bound": bounds.mean(), "log_n": log_n.mean()})
+        return Step(loss.mean(), metrics | {"bound": bounds.mean(), "log_n": most.mean()})
 
 
 class LinearSteps(nn.Module):
@@ -122,6 +123,8 @@ class TransformerSteps(nn.Module):
 
     def __init__(self, latent_dim: int, context_dim: int, steps: int) -> None:
         super().__init__()
+        if context_dim % 2:
+            raise ValueError(f"predictor 'transformer' needs contexts of an even width, but theirs is {context_dim}")
         num_heads = gcd(context_dim // 2, 8)
         self.layers = nn.ModuleList(CausalTransformer(context_dim, context_dim, 1, num_heads) for _ in range(steps))
         self.project = nn.ModuleList(nn.Linear(context_dim, latent_dim, bias=False) for _ in range(steps))
@@ -192,7 +195,7 @@ def score(prediction: Tensor, z: Tensor, k: int, present: Tensor, candidates: Ca
     taken = candidates.present.unsqueeze(1) & ~same
     if candidates.spare is not None:
         taken[:, :, candidates.spare] &= same.any(2)
-    # Padding comes last: where what is predicted is none, what it is predicted from is none either.
+    # Padding comes last: where what is predicted is real, so is what it is predicted from.
     scored = present[:, :, k:].flatten(1) & (candidates.most > 0).unsqueeze(1)
     losses, hits = info_nce(positive, negatives, taken), chosen(positive.detach(), negatives.detach(), taken)
     total = scored.sum(1)

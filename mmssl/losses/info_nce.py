@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+TIE = 1e-4
+"""Relative difference up to which two scores are equal: they are sums of many products, rounded in any order."""
+
 
 def info_nce(positive: Tensor, negatives: Tensor, present: Tensor | None = None) -> Tensor:
     """Return the cross-entropy of the positive among all candidates: scores [...] and [..., N - 1] -> float32 [...].
@@ -19,6 +22,9 @@ def info_nce(positive: Tensor, negatives: Tensor, present: Tensor | None = None)
 
 
 def chosen(positive: Tensor, negatives: Tensor, present: Tensor | None = None) -> Tensor:
-    """Return where the positive has the highest score of all candidates, bool [...]; a tie is a miss."""
-    above = negatives >= positive.unsqueeze(-1)
+    """Return where the positive has the highest score of all candidates, bool [...]; a tie, to rounding, is a miss.
+
+    Else a collapsed encoder, whose vectors are all the same, would hit whenever its products are rounded in its favour.
+    """
+    above = negatives >= (positive - TIE * positive.abs()).unsqueeze(-1)
     return ~(above if present is None else above & present).any(-1)

@@ -94,6 +94,10 @@ class Classify(nn.Module):
         self._facts = dict(facts or {})
         self.register_buffer("weights", None if class_weights is None else torch.tensor(class_weights), False)
         assert isinstance(encoder, nn.Module)
+        if encoder.output == "latent":  # of no use here, and engines expect a gradient for whatever is trained
+            unused = encoder.backbone
+            assert isinstance(unused, nn.Module)
+            unused.requires_grad_(False)
         self._frozen = freeze(encoder, train_blocks)
         self.head_only = train_blocks == 0
         self.train()
@@ -162,10 +166,11 @@ def freeze(encoder: nn.Module, train_blocks: int | None) -> list[nn.Module]:
     """
     if train_blocks is None:
         return []
-    depth = max(layer_of(name, 0) for name, _ in encoder.named_parameters() if ".blocks." in name)
+    trainable = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+    depth = max((layer_of(name, 0) for name in trainable if ".blocks." in f".{name}"), default=0)
     if train_blocks > depth:
         raise ValueError(f"objective.train_blocks is {train_blocks}, but the encoder has {depth} blocks")
     last = depth + 1 if train_blocks == 0 else depth - train_blocks
     for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(layer_of(name, depth) > last)
+        parameter.requires_grad_(parameter.requires_grad and layer_of(name, depth) > last)
     return [module for name, module in encoder.named_modules() if layer_of(f"{name}.", depth) <= last]

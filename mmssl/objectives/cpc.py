@@ -10,11 +10,13 @@ Shape legend: B samples, N tokens on a grid of T steps and L lines along a direc
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from mmssl.backbones.pixelcnn import PixelCNN
 from mmssl.config import ObjectiveConfig
-from mmssl.contracts import Batch, Draw, EncoderModule, Grid, Step
+from mmssl.contracts import Batch, Draw, EncoderModule, Grid, Step, Streams
 from mmssl.heads.prediction import ContrastivePrediction, NegativesConfig
 
 Direction = Literal["forward", "backward", "right", "left"]
@@ -82,6 +84,17 @@ class CPC(nn.Module):
                 "objective.name 'cpc' predicts what comes next, which positions in the tokens would give away: take a "
                 "model.tokenizer.name without them, such as 'wave' for sounds or 'crops' for pictures"
             )
+        context = self.encoder.backbone
+        if not isinstance(context, Streams | PixelCNN):
+            raise ValueError(
+                "objective.name 'cpc' predicts what its backbone has not seen, but this one looks at all tokens: set "
+                "model.backbone.name to gru, lstm or causal, or for pictures to pixelcnn"
+            )
+        if isinstance(context, PixelCNN) and len(tokenizer.grid) == 1:
+            raise ValueError(
+                "model.backbone.name 'pixelcnn' needs rows and columns, but tokens are a sequence: take gru, lstm or "
+                "causal"
+            )
         for direction in self.directions:
             steps, head = _shape(tokenizer.grid, direction)[0], self.heads[0]
             assert isinstance(head, ContrastivePrediction)
@@ -104,22 +117,34 @@ class CPC(nn.Module):
         tokenizer, seeds = self.encoder.tokenizer, batch.get("seed")
         grid, pad = tokenizer.grid_of(batch["signal"].shape[2:]), tokenizer.pad(batch)
         z = tokenizer.embed(tokenizer.patches(batch), None, grid)
-        contexts = [self.encoder.backbone, *self.contexts]
+        contexts, present = [self.encoder.backbone, *self.contexts], self._present(z, pad)
         steps = []
         for direction, context, head in zip(self.directions, contexts, self.heads, strict=True):
             turned, shape = turn(z, grid, direction), _shape(grid, direction)
             if pad is not None and direction != "forward":
                 raise ValueError(f"objective.directions '{direction}' is for signals of one size, without padding")
             c = context(turned, pad, seeds, shape)
-            present = None if pad is None else lines(~pad.unsqueeze(-1), shape).squeeze(-1)
-            steps.append(head(lines(turned, shape), lines(c, shape), seeds, present))
+            there = lines(turn(present.unsqueeze(-1), grid, direction), shape).squeeze(-1)
+            steps.append(head(lines(turned, shape), lines(c, shape), seeds, there))
         loss = sum(step.loss for step in steps) / len(steps)
         names = steps[0].metrics
         return Step(loss, {name: sum(step.metrics[name] for step in steps) / len(steps) for name in names})
 
+    def _present(self, z: Tensor, pad: Tensor | None) -> Tensor:
+        # What may be predicted, and be confused with it: bool [B, N]. Not padding; nor tokens that see the zeros before
+        # a signal, which are never the truth far from it, so that telling them apart would be all that is learned.
+        present = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if pad is None else ~pad
+        late = torch.arange(z.shape[1], device=z.device) >= self.encoder.tokenizer.edge
+        return present & late
+
     def warning(self, line: Mapping[str, float]) -> str | None:
         """Return a sentence where the bound has come close to the most that it can be."""
         bound, most = line["bound"], line["log_n"]
+        if most == 0:
+            return (
+                "there is nothing from which to tell the true moments, so nothing is learned: raise the batch, or set "
+                "objective.negatives.current=true"
+            )
         if bound < SATURATED * most:
             return None
         return (

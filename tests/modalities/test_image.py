@@ -15,7 +15,8 @@ from torchvision.transforms import InterpolationMode, v2
 from mmssl.config import validate
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.errors import UserError
-from modalities.image import Image, ImageSignal, ImageTokenizer, centre_box
+from modalities.image import Image, centre_box
+from modalities.image_settings import ImageSignal, ImageTokenizer
 
 H, W = 40, 64
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], dtype=np.uint8)

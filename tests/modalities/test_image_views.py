@@ -13,7 +13,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from mmssl.data.guard import BrokenFile, guarded
 from modalities import image_views
 from modalities.augment import Augment, Erase, RandAugment
-from modalities.image import Image, ImageSignal
+from modalities.image import Image
+from modalities.image_settings import ImageSignal
 from modalities.image_views import crop_box, draft_scale, stored_box, upright
 
 IMAGE = Image()

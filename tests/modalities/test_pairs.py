@@ -10,7 +10,8 @@ from media import numbered, numbers, write_frames, write_video
 
 from mmssl.data.guard import BrokenFile
 from mmssl.errors import UserError
-from modalities.image import Image, ImageSignal
+from modalities.image import Image
+from modalities.image_settings import ImageSignal
 from modalities.looks import FramePair
 from modalities.video_sampling import TooShort, pair
 from tasks.build import build_objective, load_recipe

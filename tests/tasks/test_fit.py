@@ -78,7 +78,7 @@ def test_the_encoder_folder_holds_the_averages_and_the_objective_the_weights(str
 
 
 @pytest.mark.parametrize(
-    ("modality", "workers"), [("image", 0), ("image", 2), ("video", 2), ("audio", 2), ("pairs", 2)]
+    ("modality", "workers"), [("image", 0), ("image", 2), ("video", 2), ("audio", 2), ("pairs", 2), ("cpc", 2)]
 )
 def test_resuming_is_bitwise_the_same_whatever_the_workers(straight, materials, tmp_path, modality, workers):
     recipe, folder, settings = materials[modality]

@@ -28,7 +28,8 @@ def launch() -> list[str]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("modality", "stage"), [("image", "zero3"), ("video", "zero2"), ("audio", "zero1"), ("pairs", "zero2")]
+    ("modality", "stage"),
+    [("image", "zero3"), ("video", "zero2"), ("audio", "zero1"), ("pairs", "zero2"), ("cpc", "zero3")],
 )
 def test_two_ranks_equal_one_process_and_resume_in_it(tmp_path, materials, modality, stage):
     recipe, folder, settings = materials[modality]

@@ -1,9 +1,9 @@
 """One optimiser step of ``cpc-audio`` on 8 windows of 20,480 samples: ours against the same network in plain torch.
 
 Plain is what one would write from the paper with torch's own parts: ``nn.Conv1d``, a norm over channels, ``nn.GRU``, an
-``nn.Linear`` per step ahead, scores by ``einsum``, ``F.cross_entropy`` and torch's default AdamW. Both run in one process
-with the same weights, waveforms and candidates, which must give the same loss and gradients before anything is timed,
-and take turns. ``--stream`` times ``encoder.step`` on 10 ms at a time besides.
+``nn.Linear`` per step ahead, scores by ``einsum``, ``F.cross_entropy`` and torch's default AdamW. Both run in one
+process with the same weights, waveforms and candidates, which must give the same loss and gradients before anything is
+timed, and take turns. ``--stream`` times ``encoder.step`` on 10 ms at a time besides.
 
 ``python benchmarks/cpc_step.py [--threads N] [--batch-size 8] [--repeats 9] [--stream]``
 """
@@ -98,9 +98,9 @@ def check(ours: Tensor, theirs: Tensor, objective: CPC, plain: PlainCPC) -> str:
         (objective.encoder.tokenizer.convs.convs[0].bias.grad, plain.convs[0].bias.grad),
     ]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    return f"losses {ours.item():.6f} and {theirs.item():.6f}"
+    apart = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    assert apart < 1e-3, apart
+    return f"losses {ours.item():.6f} and {theirs.item():.6f}, gradients apart by {apart:.0e} of their norm"
 
 
 def measure(threads: int, batch_size: int, repeats: int) -> None:
@@ -109,6 +109,7 @@ def measure(threads: int, batch_size: int, repeats: int) -> None:
     recipe = load_recipe("cpc-audio")
     objective, plain = build_objective(recipe), PlainCPC()
     assert isinstance(objective, CPC)
+    nn.init.normal_(objective.heads[0].predictor.project.weight, std=0.02)  # as trained: at zero, gradients are
     copy_weights(objective, plain)
     batch = {"signal": 0.1 * torch.randn(batch_size, 1, SAMPLES), "seed": torch.arange(batch_size)}
     settings = recipe.objective.negatives  # type: ignore[attr-defined]
@@ -149,10 +150,9 @@ def stream(threads: int, steps: int = 500) -> None:
             began = time.perf_counter()
             _, state = encoder.step(chunk, state)
             seconds.append(time.perf_counter() - began)
-    tenths = statistics.quantiles(seconds[20:], n=100)
-    print(
-        f"10 ms of sound, {threads} threads: median {1e3 * tenths[49]:.2f} ms, 99th percentile {1e3 * tenths[98]:.2f} ms"
-    )
+    hundredths = statistics.quantiles(seconds[20:], n=100)
+    median, late = 1e3 * hundredths[49], 1e3 * hundredths[98]
+    print(f"10 ms of sound, {threads} threads: median {median:.2f} ms, 99th percentile {late:.2f} ms")
 
 
 if __name__ == "__main__":

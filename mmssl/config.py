@@ -253,10 +253,14 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def override(data: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[str, Any]:
+def override(
+    data: Mapping[str, Any], assignments: Mapping[str, Any], kinds: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return ``data`` with dotted keys set; setting ``train.steps`` clears ``train.epochs`` and the reverse.
 
-    A mapping changes the keys that it names and leaves the others of its section. Raises UserError where a dotted key
+    A mapping changes the keys that it names and leaves the others of its section. But ``kinds`` are sections whose
+    ``name`` tells of which kind they are, with what it is where there is none: given another name, they start anew, for
+    another kind has other keys. Raises UserError where a dotted key
     goes through something that is not a section.
     """
     try:
@@ -264,6 +268,8 @@ def override(data: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[st
         assignments = flat(assignments)
     except RecursionError:
         raise UserError("the recipe holds an anchor that refers to itself") from None
+    for section, default in (kinds or {}).items():
+        _start_anew(result, section, default, assignments.get(f"{section}.name"))
     for key, value in assignments.items():
         *sections, leaf = key.split(".")
         node = result
@@ -279,6 +285,16 @@ def override(data: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[st
             if f"train.{other}" not in assignments:
                 node.pop(other, None)
     return result
+
+
+def _start_anew(data: dict[str, Any], section: str, default: str, name: Any) -> None:
+    *above, last = section.split(".")
+    node: Any = data
+    for part in above:
+        node = node.get(part) if isinstance(node, dict) else None
+    there = node.get(last) if isinstance(node, dict) else None
+    if name is not None and isinstance(there, dict) and there.get("name", default) != name:
+        node[last] = {}
 
 
 def parse_assignments(words: Sequence[str]) -> dict[str, Any]:

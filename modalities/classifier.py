@@ -16,7 +16,8 @@ from mmssl.config import validate
 from mmssl.errors import UserError
 from mmssl.files import save_tensors, write_json
 from mmssl.objectives.classify import Classify, ClassifyConfig
-from modalities.encoder import Encoder, encoder_folder, in_groups, load, over_views
+from modalities.encoder import Encoder, encoder_folder, load
+from modalities.views import in_groups, over_views
 
 FORMAT = 1
 WEIGHTS, FACTS = "classifier.safetensors", "classifier.json"

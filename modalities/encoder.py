@@ -28,6 +28,7 @@ from modalities.audio import Audio
 from modalities.image import Image
 from modalities.text import Text
 from modalities.video import Video
+from modalities.views import in_groups, one_view, over_views
 
 MODALITIES: dict[str, Modality] = {"image": Image(), "video": Video(), "audio": Audio(), "text": Text()}
 FORMAT = 1
@@ -64,36 +65,6 @@ class EncoderConfig(Piece):
 
 
 C = TypeVar("C", bound=EncoderConfig)
-
-
-def in_groups(signals: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Return the rows of ``function([B, C, *size])`` for signals [C, *size], in their order.
-
-    Signals of one size go through together, and nothing is padded.
-    """
-    groups: dict[torch.Size, list[int]] = {}
-    for i, signal in enumerate(signals):
-        groups.setdefault(signal.shape, []).append(i)
-    rows: dict[int, Tensor] = {}
-    for group in groups.values():
-        rows.update(zip(group, function(torch.stack([signals[i] for i in group])), strict=True))
-    return [rows[i] for i in range(len(signals))]
-
-
-def over_views(function: Callable[[Tensor], Tensor], signal: Tensor, axes: int) -> Tensor:
-    """Return ``function`` of signals [B, C, *size] with so many axes; of several views [B, V, C, *size] a row for each.
-
-    So [B, ...], or [B, V, ...].
-    """
-    if signal.ndim == axes + 2:
-        return function(signal)
-    rows: Tensor = function(signal.flatten(0, 1)).unflatten(0, signal.shape[:2])
-    return rows
-
-
-def one_view(signal: Tensor, axes: int) -> Tensor:
-    """Return a signal [C, *size]; of several views [V, C, *size] the middle one."""
-    return signal if signal.ndim == axes + 1 else signal[len(signal) // 2]
 
 
 def typed(base: type[C], modality: str, where: str, **fields: Any) -> type[C]:
@@ -179,6 +150,7 @@ class Encoder(nn.Module):
         settings: BackboneConfig = self.config.model.backbone
         return settings.build()
 
+    @torch.no_grad()
     def step(self, chunk: Tensor, state: tuple[State, State] | None = None) -> tuple[Tensor, tuple[State, State]]:
         """Encode the next chunk of preprocessed signals as it comes in: a vector per token, and what to remember.
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import SerializeAsAny
 from torch import nn
 
+from mmssl.backbones import BACKBONES
 from mmssl.config import (
     CheckpointConfig,
     DataConfig,
@@ -81,7 +82,17 @@ def recipe_path(name: str | Path) -> Path:
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Return a recipe by name or path with dotted overrides applied; UserError for anything wrong in it."""
     path = recipe_path(name)
-    return parse_recipe(override(read_yaml(path), overrides or {}), str(name))
+    page = read_yaml(path)
+    return parse_recipe(override(page, overrides or {}, kinds(page)), str(name))
+
+
+def kinds(page: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sections of a recipe that are of one of several kinds, and which kind they are without a name."""
+    found = {"objective": "", "model.backbone": str(BACKBONES[0].model_fields["name"].default)}
+    modality = MODALITIES.get(str(page.get("modality")))
+    if modality is not None and len(modality.tokenizer_types) > 1:
+        found["model.tokenizer"] = str(modality.tokenizer_types[0].model_fields["name"].default)
+    return found
 
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:

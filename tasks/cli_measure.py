@@ -214,6 +214,7 @@ def embed(
     frames: Annotated[
         bool, typer.Option("--frames", help="Sounds: a row for every moment, with its start and end in seconds.")
     ] = False,
+    label_column: LabelColumn = "label",
     signal: Signal = None,
     skip_broken: SkipBroken = False,
     as_json: Json = False,
@@ -226,9 +227,9 @@ def embed(
     loaded = load(encoder, parse_assignments(signal or ()))
     listing = list_files(data, loaded.kind, split=split)
     if frames:
-        emit(embed_frames(SoundFrames(loaded), listing, out, skip_broken=skip_broken), as_json, signal)
+        emit(embed_frames(SoundFrames(loaded), listing, out, label_column, skip_broken=skip_broken), as_json, signal)
     else:
-        emit(run(loaded, listing, out, skip_broken=skip_broken), as_json, signal)
+        emit(run(loaded, listing, out, label_column, skip_broken=skip_broken), as_json, signal)
 
 
 def show(

@@ -29,7 +29,7 @@ from tasks.labels import subset
 from tasks.linear_probe import linear_probe
 from tasks.metrics import Score
 from tasks.pretrain import pretrain, training_files
-from tasks.report import Table, Words, write_report
+from tasks.report import Section, Table, Words, write_report
 from tasks.run_report import run_sections
 
 DATA = Path(__file__).parent / "demo_data"
@@ -44,11 +44,12 @@ Rows = dict[tuple[str, str], dict[str, Score]]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the encoder: the rows of the manifest with a ``source``, their labels, how many of them."""
+    """What is asked of the encoder: rows of the manifest, their labels, how many of them."""
 
     what: str
     """What is to be recognised, in the plural: a column of the table."""
-    source: str
+    source: str | None
+    """The rows with this source; None takes all."""
     shots: int
     """Labels per class."""
     train: str = "train"
@@ -56,6 +57,8 @@ class Question:
     """Names of the splits."""
     finetuning: Mapping[str, Any] | None = None
     """Settings of fine-tuning; None does without it."""
+    labels: str = "label"
+    """The column of the manifest that holds them."""
 
     @property
     def few(self) -> str:
@@ -72,6 +75,8 @@ class Question:
 class Demo:
     """A demo's data and settings; the first question, which is to be fine-tuned for, gives the report its title."""
 
+    name: str
+    """What it is asked for by."""
     modality: str
     archive: Path
     """What is unpacked: media, and a manifest with the columns path, label, split and source."""
@@ -86,6 +91,12 @@ class Demo:
     """What the report says of the data and the baselines."""
     shown: Callable[[Listing], list[int]]
     """Which of the files of the split ``test`` are shown reconstructed."""
+    learner: str = "a masked autoencoder"
+    """What is pre-trained."""
+    task: str = "by predicting hidden patches from visible ones"
+    """How it learns."""
+    drawn: Callable[[Encoder, Path], list[Section]] | None = None
+    """Further sections of the report, from the encoder and the demo's folder."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +131,14 @@ class DemoResult:
 
 
 def demos() -> dict[str, Demo]:
-    """Return the demos by modality."""
-    from tasks import demo_audio, demo_image, demo_video
+    """Return the demos by name."""
+    from tasks import demo_audio, demo_image, demo_speech, demo_video
 
-    return {one.DEMO.modality: one.DEMO for one in (demo_image, demo_video, demo_audio)}
+    return {one.DEMO.name: one.DEMO for one in (demo_image, demo_video, demo_audio, demo_speech)}
 
 
 def demo(modality: str = "image", out: str | Path = "demo-run") -> DemoResult:
-    """Pre-train a tiny masked autoencoder on what comes with the package, and measure it with few labels."""
+    """Pre-train a tiny encoder on what comes with the package, and measure it with few labels."""
     known = demos()
     if modality not in known:
         raise UserError(f"--modality '{modality}' has no demo{nearest(modality, known)}")
@@ -144,7 +155,7 @@ def run_demo(demo: Demo, out: Path) -> DemoResult:
     unpack(demo.archive, data)
     recipe = load_recipe(demo.recipe, demo.pretraining)
     learned_from = f"{len(training_files(recipe, data, None)):,} {demo.nouns}"
-    note(f"1 of 3: pre-training a masked autoencoder on {learned_from} without labels")
+    note(f"1 of 3: pre-training {demo.learner} on {learned_from} without labels")
     pretrain(recipe, data, run)
     encoder = load(run)
     asked = [(question, *sides(question, demo.modality, data)) for question in demo.questions]
@@ -161,7 +172,8 @@ def run_demo(demo: Demo, out: Path) -> DemoResult:
     result = DemoResult(out, rows, [question.column for question in demo.questions], demo.nouns)
     write_json(out / "demo.json", result.as_dict())
     tests = {question.column: len(test) for question, _, test in asked}
-    report(demo, result, tests, learned_from)
+    drawn = [] if demo.drawn is None else demo.drawn(encoder, out)
+    report(demo, result, tests, learned_from, drawn)
     return result
 
 
@@ -180,6 +192,8 @@ def unpack(archive: Path, folder: Path) -> None:
 def sides(question: Question, modality: str, data: Path) -> tuple[Listing, Listing]:
     """Return the training and the test files that a question is about."""
     both = [list_files(data, MODALITIES[modality], split=split) for split in (question.train, question.test)]
+    if question.source is None:
+        return both[0], both[1]
     train, test = (
         one.select([i for i, source in enumerate(one.columns["source"]) if source == question.source]) for one in both
     )
@@ -191,30 +205,31 @@ def fine_tune(question: Question, train: Listing, test: Listing, encoder: Encode
     if question.finetuning is None:
         return
     for start, scratch in ((PRETRAINED, False), (SCRATCH, True)):
-        folder = out / f"{question.source}-from-{start}"
+        folder = out / f"{question.source or question.what}-from-{start}"
         tuned = finetune(
-            encoder, train, test, folder, shots=question.shots, scratch=scratch, overrides=question.finetuning
-        )
+            encoder, train, test, folder, label_column=question.labels, shots=question.shots, scratch=scratch,
+            overrides=question.finetuning,
+        )  # fmt: skip
         rows.setdefault(("fine-tuned", start), {})[question.column] = tuned.scores["top1"]
 
 
 def frozen(question: Question, train: Listing, test: Listing, starts: Mapping[str, Extractor], rows: Rows) -> None:
     """Add to ``rows`` what the features of every starting point reach with the labels that fine-tuning has."""
-    _, targets, _ = class_targets(train, test)
+    _, targets, _ = class_targets(train, test, question.labels)
     train = train.select(subset(targets, None, question.shots, 0) or [])
     for method, measure in (("linear probe", probe_top1), (f"{NEIGHBOURS} nearest neighbours", knn_top1)):
         for start, extractor in starts.items():
-            rows.setdefault((method, start), {})[question.column] = measure(extractor, train, test)
+            rows.setdefault((method, start), {})[question.column] = measure(extractor, train, test, question.labels)
 
 
-def probe_top1(extractor: Extractor, train: Listing, test: Listing) -> Score:
+def probe_top1(extractor: Extractor, train: Listing, test: Listing, labels: str = "label") -> Score:
     """Return the linear probe's accuracy."""
-    return linear_probe(extractor, train, test).scores["top1"]
+    return linear_probe(extractor, train, test, labels).scores["top1"]
 
 
-def knn_top1(extractor: Extractor, train: Listing, test: Listing) -> Score:
+def knn_top1(extractor: Extractor, train: Listing, test: Listing, labels: str = "label") -> Score:
     """Return the accuracy of nearest neighbours."""
-    return knn(extractor, train, test, k=(NEIGHBOURS,)).scores[NEIGHBOURS]["top1"]
+    return knn(extractor, train, test, labels, k=(NEIGHBOURS,)).scores[NEIGHBOURS]["top1"]
 
 
 def finding(question: Question, rows: Rows) -> str:
@@ -235,7 +250,9 @@ def finding(question: Question, rows: Rows) -> str:
     return f"With {question.few}, pre-training {'did harm' if harm else 'made no clear difference'} here"
 
 
-def report(demo: Demo, result: DemoResult, tests: Mapping[str, int], learned_from: str) -> None:
+def report(
+    demo: Demo, result: DemoResult, tests: Mapping[str, int], learned_from: str, drawn: Sequence[Section] = ()
+) -> None:
     """Write the demo's report over the run's: its finding first."""
     measured = " and ".join(f"{count:,} test {column.partition(',')[0]}" for column, count in tests.items())
     table = Table(
@@ -249,10 +266,10 @@ def report(demo: Demo, result: DemoResult, tests: Mapping[str, int], learned_fro
     sections = run_sections(Run(result.out / "pretrained"), test.select(demo.shown(test)), held_out=True)
     words = Words(
         "How to read this",
-        f"An encoder learned from {demo.nouns} alone, by predicting hidden patches from visible ones. Then it was "
+        f"An encoder learned from {demo.nouns} alone, {demo.task}. Then it was "
         "given few labels: fine-tuning trains all of it, the linear probe and the nearest neighbours use its vectors "
         f"as they are. {demo.note}",
     )
-    subtitle = f"A masked autoencoder, pre-trained on {learned_from} without labels on this machine"
+    subtitle = f"{demo.learner.capitalize()}, pre-trained on {learned_from} without labels on this machine"
     title = finding(demo.questions[0], result.rows)
-    write_report(result.out / "report.html", title, subtitle, [table, words, *sections])
+    write_report(result.out / "report.html", title, subtitle, [table, words, *drawn, *sections])

@@ -8,7 +8,8 @@ from torchaudio.functional import create_dct
 
 from mmssl.data.listing import Listing
 from modalities.audio_settings import AudioSignal, filterbank
-from modalities.encoder import Encoder, over_views
+from modalities.encoder import Encoder
+from modalities.views import over_views
 from tasks.demo import DATA, Demo, Question
 from tasks.features import Extractor
 
@@ -79,6 +80,7 @@ def shown(test: Listing) -> list[int]:
 
 
 DEMO = Demo(
+    "audio",
     "audio",
     DATA / "speech.tar.xz",
     "audio-mae-tiny",

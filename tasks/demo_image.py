@@ -37,6 +37,7 @@ def shown(test: Listing) -> list[int]:
 
 DEMO = Demo(
     "image",
+    "image",
     DATA / "pictures.tar.xz",
     "image-mae-tiny",
     PRETRAINING,

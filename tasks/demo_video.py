@@ -59,6 +59,7 @@ def shown(test: Listing) -> list[int]:
 
 DEMO = Demo(
     "video",
+    "video",
     DATA / "films.tar.xz",
     "video-mae-tiny",
     PRETRAINING,

@@ -63,8 +63,13 @@ class EmbedResult:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def embed(encoder: Extractor, listing: Listing, out: Path | str, **options: Unpack[ExtractOptions]) -> EmbedResult:
+def embed(
+    encoder: Extractor, listing: Listing, out: Path | str, label_column: str = "label",
+    **options: Unpack[ExtractOptions],
+) -> EmbedResult:  # fmt: skip
     """Write ``out``, one row per file: path, split and label (text or null) and vector (float32, all of one length).
+
+    The label is that of a manifest's ``label_column``, or a folder's name.
 
     Paths are relative to the listing's folder; the schema's metadata holds the encoder's fingerprint. Raises UserError,
     before anything is computed, where ``out`` does not end in .parquet or cannot be written, and as ``extract``.
@@ -78,7 +83,7 @@ def embed(encoder: Extractor, listing: Listing, out: Path | str, **options: Unpa
     columns = {
         "path": pa.array(_names(files), pa.string()),
         "split": pa.array(_splits(files), pa.string()),
-        "label": pa.array(labels_of(listing, kept), pa.string()),
+        "label": pa.array(labels_of(listing, kept, label_column), pa.string()),
         "vector": _vectors(features.vectors),
     }
     with replacing_file(out) as aside:
@@ -87,8 +92,9 @@ def embed(encoder: Extractor, listing: Listing, out: Path | str, **options: Unpa
 
 
 def embed_frames(
-    extractor: FrameExtractor, listing: Listing, out: Path | str, **options: Unpack[FrameOptions]
-) -> EmbedResult:
+    extractor: FrameExtractor, listing: Listing, out: Path | str, label_column: str = "label",
+    **options: Unpack[FrameOptions],
+) -> EmbedResult:  # fmt: skip
     """Write ``out``, one row per frame: path, split and label of the file, start and end (float64, seconds), vector.
 
     So every row is a piece of a file, as a manifest has them: of a piece that the listing names, path is the file, and
@@ -97,7 +103,7 @@ def embed_frames(
     """
     out = Path(out)
     _check(out)
-    names, labels = _names(listing), labels_of(listing, list(range(len(listing))))
+    names, labels = _names(listing), labels_of(listing, list(range(len(listing))), label_column)
     splits, fingerprint, seconds = _splits(listing), extractor.fingerprint(), extractor.seconds_per_step
     kept, skipped, count, dim = [], [], 0, 0
     with replacing_file(out) as aside, _Writer(aside, fingerprint) as writer:
@@ -162,12 +168,17 @@ def _splits(listing: Listing) -> list[str | None]:
     return listing.columns.get("split", nothing)
 
 
-def labels_of(listing: Listing, kept: list[int]) -> list[str | None]:
-    """Return the labels of the files at ``kept``, None where there are none."""
+def labels_of(listing: Listing, kept: list[int], column: str = "label") -> list[str | None]:
+    """Return the labels of the files at ``kept``, None where there are none.
+
+    Raises UserError where another column than ``label`` was asked for, and is not there.
+    """
+    if column != "label" and column not in listing.columns:
+        listing.labels(column)
     # Labels are welcome here, not needed: a manifest's may have gaps, and a folder may have no sub-folders at all.
     labels: list[str | None]
     if listing.rows:
-        labels = listing.columns.get("label", [None] * len(listing))
+        labels = listing.columns.get(column, [None] * len(listing))
     else:
         try:
             labels = [*listing.labels()]

@@ -67,6 +67,7 @@ def fit(
         start_from(objective, initial, recipe.train.init_from)
     if resume:
         check_resumable(run, recipe)
+    agreeing(listing, recipe.objective.together)  # what is missing for it is told before there is a run folder
     validator = None if validation is None else make_validator(validation, recipe, objective, run, len(listing))
     device = default_device() if ds is None else join(me)
     council = Council(me.size)

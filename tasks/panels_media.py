@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmssl.contracts import Grid, Modality
 from modalities.abilities import Moves, Sounds
-from modalities.encoder import Encoder, one_view
+from modalities.encoder import Encoder
+from modalities.views import one_view
 from tasks.report import CRISP_BELOW, Axes, Medium, Picture, Shown
 
 MOST_FRAMES = 8

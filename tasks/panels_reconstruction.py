@@ -14,7 +14,8 @@ from mmssl.contracts import Draw, Modality, Reconstruction, Reconstructs
 from mmssl.data.dataset import batch_of_one
 from mmssl.errors import UserError
 from modalities.abilities import Moves, Sounds
-from modalities.encoder import MODALITIES, one_view
+from modalities.encoder import MODALITIES
+from modalities.views import one_view
 from tasks.build import Recipe
 from tasks.panels import Block, Line, Panel, Shot, arranged
 from tasks.panels_media import animate, beside, record, still

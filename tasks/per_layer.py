@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from mmssl.data.listing import Listing
-from modalities.encoder import Encoder, over_views
+from modalities.encoder import Encoder
+from modalities.views import over_views
 from tasks.features import ExtractOptions, Labelled, labelled_features
 from tasks.linear_probe import ProbeResult, probe_features
 from tasks.metrics import Score, score_table, scores_as_dict
@@ -40,8 +41,9 @@ class Layers:
         encoder = self._encoder
 
         def layers(x: Tensor) -> Tensor:
-            outputs = encoder.layers({"signal": x.to(encoder.device, torch.float32)})
-            return torch.cat([encoder.pool(output).float() for output in outputs], dim=1)
+            batch = {"signal": x.to(encoder.device, torch.float32)}
+            pad = encoder.tokenizer.pad(batch)
+            return torch.cat([encoder.pool(output, pad).float() for output in encoder.layers(batch)], dim=1)
 
         vectors = over_views(layers, signal, encoder.axes)
         return vectors.mean(1) if vectors.ndim == 3 else vectors

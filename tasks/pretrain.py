@@ -25,6 +25,7 @@ from tasks.build import (
     as_objective,
     deepspeed_settings,
     default_device,
+    kinds,
     load_recipe,
     measure_cost,
     measure_memory,
@@ -97,7 +98,8 @@ def pretrain(
     ``overrides`` maps dotted keys to values. Raises UserError for a mistake, UnusableData for too many broken files.
     """
     if isinstance(recipe, Recipe):
-        recipe = parse_recipe(override(recipe.as_dict(), overrides or {}), "the recipe")
+        page = recipe.as_dict()
+        recipe = parse_recipe(override(page, overrides or {}, kinds(page)), "the recipe")
     else:
         recipe = load_recipe(recipe, overrides)
     if recipe.train.patience is not None:

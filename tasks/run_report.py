@@ -11,11 +11,12 @@ from tasks.build import Recipe, measure_cost
 from tasks.panels import read_example, read_rate
 from tasks.panels_reconstruction import attempt, given, seen_note, sound_note, target_note, triplet
 from tasks.report import Code, Curve, Facts, Pictures, Section
+from tasks.report_ahead import ahead_sections
 from tasks.writer import load_objective
 
 
 def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Section]:
-    """Return the report's sections for a run: loss curve, reconstructions of files in ``shown``, cost, recipe."""
+    """Return the report's sections for a run: curves, reconstructions of files in ``shown``, cost, recipe."""
     recipe, objective = load_objective(run.path)
     metrics = run.metrics()
     steps = [record["step"] for record in metrics]
@@ -27,6 +28,7 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
         sections.append(
             Curve("Accuracy", "step", "accuracy on training batches", {"training": (steps, accuracy)}, percent=True)
         )
+    sections += ahead_sections(metrics)
     if isinstance(objective, Reconstructs):
         sections += reconstructions(recipe, objective, shown, held_out)
     cost = measure_cost(recipe, objective)

@@ -9,7 +9,8 @@ import torch
 
 from mmssl.data.listing import list_files
 from mmssl.run import Run
-from modalities.encoder import MODALITIES, in_groups, load
+from modalities.encoder import MODALITIES, load
+from modalities.views import in_groups
 from tasks.features import extract
 from tasks.pretrain import pretrain
 

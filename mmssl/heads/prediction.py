@@ -106,12 +106,17 @@ class ContrastivePrediction(nn.Module):
 
 
 class LinearSteps(nn.Module):
-    """A matrix W_k for each step (the paper's eq. 3), as one product."""
+    """A matrix W_k for each step (the paper's eq. 3), as one product.
+
+    It starts at zero, so that the loss starts at log N and vectors learn nothing before their matrix knows which way.
+    From random scores, what lowers the loss first is that all vectors become alike, and from that it is slow to return.
+    """
 
     def __init__(self, latent_dim: int, context_dim: int, steps: int) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.project = nn.Linear(context_dim, steps * latent_dim, bias=False)
+        nn.init.zeros_(self.project.weight)
 
     def forward(self, c: Tensor) -> Sequence[Tensor]:
         """Map contexts [B, L, T, Dc] to a prediction [B, L, T, Dz] per step."""
@@ -128,6 +133,8 @@ class TransformerSteps(nn.Module):
         num_heads = gcd(context_dim // 2, 8)
         self.layers = nn.ModuleList(CausalTransformer(context_dim, context_dim, 1, num_heads) for _ in range(steps))
         self.project = nn.ModuleList(nn.Linear(context_dim, latent_dim, bias=False) for _ in range(steps))
+        for weight in self.project.parameters():
+            nn.init.zeros_(weight)  # as in LinearSteps
 
     def forward(self, c: Tensor) -> Sequence[Tensor]:
         """Map contexts [B, L, T, Dc] to a prediction [B, L, T, Dz] per step."""

@@ -105,6 +105,15 @@ def test_the_papers_waves_make_a_hundred_tokens_a_second_of_465_samples_each():
     assert not tokenizer.placed
 
 
+@torch.no_grad()
+def test_the_edge_is_what_another_past_would_change():
+    for tokenizer in (encoder_of().tokenizer, Waves(1600, 4, (10, 8, 4, 4, 4), (5, 4, 2, 2, 2))):
+        x = torch.randn(1, 1, 10 * tokenizer.hop)
+        _, past = tokenizer.step(torch.randn_like(x))
+        changed = (tokenizer.step(x)[0] - tokenizer.step(x, past)[0]).abs().amax((0, 2)) > 1e-5
+        assert changed.tolist() == [True] * tokenizer.edge + [False] * (10 - tokenizer.edge)
+
+
 def test_padding_is_what_is_not_wholly_filled():
     tokenizer, signal = encoder_of().tokenizer, torch.zeros(5, 1, SAMPLES)
     assert tokenizer.pad({"signal": signal}) is None

@@ -21,7 +21,7 @@ PRETRAINING = {
     "signal.mels": 40,
     "model.tokenizer": {"name": "wave", "kernels": [10, 8, 4, 4], "strides": [5, 4, 2, 2]},
     "model.backbone": {"name": "gru", "dim": 96, "input_dim": 96},
-    "optim.lr": 6e-4,
+    "optim.lr": 5e-4,
     "train.batch_size": 16,
     "train.steps": 800,
     "data.workers": 1,

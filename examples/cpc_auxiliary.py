@@ -43,7 +43,9 @@ def sequences(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return clean + noise, (turns[:, -1] % 1 * DIRECTIONS).long()
 
 
-def train(weight: float, steps: int = 400, labelled: int = 48, batch_size: int = 32, seed: int = 0) -> float:
+def train(
+    weight: float, steps: int = 400, labelled: int = 48, batch_size: int = 32, seed: int = 0, others: int = 2000
+) -> float:
     """Train with the auxiliary loss times ``weight`` (0: without), and return the share of right answers on others."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -59,9 +61,9 @@ def train(weight: float, steps: int = 400, labelled: int = 48, batch_size: int =
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    others, answers = sequences(2000, torch.Generator().manual_seed(seed + 1))
+    unseen, answers = sequences(others, torch.Generator().manual_seed(seed + 1))
     with torch.no_grad():
-        return float((model(others)[2].argmax(1) == answers).double().mean())
+        return float((model(unseen)[2].argmax(1) == answers).double().mean())
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def make_buckets(recipe: Recipe, listing: Listing, tokenizer: Tokenizer) -> list
     """
     groups = agreeing(listing, recipe.objective.together)
     return [
-        bucket._replace(members=members)
+        bucket._replace(members=members, substitutes=None if group is None else sorted(group))
         for bucket in sized_buckets(recipe, listing, tokenizer)
         for group in groups
         if (members := bucket.members if group is None else [i for i in bucket.members if i in group])

@@ -144,3 +144,36 @@ def test_a_mapping_changes_the_keys_that_it_names():
     assert parse_assignments(["optim={lr: 1}"]) == {"optim.lr": 1}
     with pytest.raises(UserError, match="not valid YAML"):
         parse_assignments(["optim={lr: 1, lr: 2}"])
+
+
+def test_a_part_of_another_kind_starts_anew():
+    # What the recipe says of a spectrogram's patches and of a Transformer is nothing to a waveform and a GRU.
+    kinds = {"model.tokenizer.name": "wave", "model.backbone.name": "gru", "objective.name": "cpc"}
+    recipe = load_recipe("audio-mae-tiny", {**kinds, "model.backbone.input_dim": 32, "model.cls_token": False})
+    assert recipe.model.tokenizer.strides == (5, 4, 2, 2, 2)
+    assert (recipe.model.backbone.dim, recipe.model.backbone.reads) == (256, 32)
+    assert recipe.objective.steps == 12
+    with pytest.raises(UserError, match=r"'objective\.decoder' is not a key"):
+        load_recipe("audio-mae-tiny", {**kinds, "objective.decoder.dim": 8})
+
+
+@pytest.mark.parametrize("name", ["vit", "spectrogram"])
+def test_a_part_of_the_same_kind_keeps_its_settings(name):
+    section = "model.backbone" if name == "vit" else "model.tokenizer"
+    recipe, plain = load_recipe("audio-mae-tiny", {f"{section}.name": name}), load_recipe("audio-mae-tiny")
+    assert recipe.as_dict() == plain.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("model.backbone.name=gruu", "model.backbone.name: 'gruu' is not valid; did you mean 'gru'"),
+        ("model.backbone.units=3", "'model.backbone.units' is not a key; valid: depth, dim, input_dim, name"),
+        ("model.tokenizer.stride=3", "'model.tokenizer.stride' is not a key; did you mean 'model.tokenizer.strides'"),
+        ("model.backbone.dim=many", "model.backbone.dim: input should be a valid integer"),
+        ("objective.negatives.source=speakers", "'speakers' is not valid; did you mean 'speaker'"),
+    ],
+)
+def test_a_mistake_in_one_of_several_kinds_names_the_key_alone(word, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_recipe("cpc-audio-tiny", parse_assignments([word]))

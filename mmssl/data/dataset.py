@@ -40,6 +40,8 @@ class Bucket(NamedTuple):
     grid: Grid
     members: Sequence[int]
     """Indices of its files."""
+    substitutes: Sequence[int] | None = None
+    """Indices of files that may take a broken one's place; None is all."""
 
 
 class Stream:
@@ -132,7 +134,7 @@ class Samples(Dataset[Sample]):
         """``targets``, one per path, are class indices int64 [n] or float32 [n, classes]."""
         self.paths, self.views, self.draw = paths, views, draw
         self.lattices = [(bucket.size, bucket.grid) for bucket in buckets]
-        self.members = [bucket.members for bucket in buckets]
+        self.substitutes = [bucket.substitutes for bucket in buckets]
         self.seed, self.timeout, self.targets = seed, timeout, targets
 
     def __len__(self) -> int:
@@ -152,7 +154,7 @@ class Samples(Dataset[Sample]):
         index = keys[0].sample
         for attempt in range(TRIES):
             if attempt:
-                index = self._other(self._rng(keys[0]._replace(repeat=0), attempt), keys[0].bucket)
+                index = self._other(self._rng(keys[0]._replace(repeat=0), attempt), keys[0].bucket, attempt)
             try:
                 read = self._read(index, keys, attempt)
             except BrokenFile as error:
@@ -165,17 +167,18 @@ class Samples(Dataset[Sample]):
     def _rng(self, key: Key, attempt: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, key.epoch, key.sample, key.repeat, attempt])
 
-    def _other(self, rng: np.random.Generator, bucket: int) -> int:
-        # Of the same bucket: its samples have one size, and agree in what a batch must agree in.
-        members = self.members[bucket]
-        return int(members[int(rng.integers(len(members)))])
+    def _other(self, rng: np.random.Generator, bucket: int, attempt: int) -> int:
+        # Where nothing that the bucket would have can be read, any file goes before training ends.
+        files = self.substitutes[bucket] if attempt <= TRIES // 2 else None
+        place = int(rng.integers(len(self.paths) if files is None else len(files)))
+        return place if files is None else int(files[place])
 
     def _read(self, index: int, keys: Sequence[Key], attempt: int) -> list[dict[str, Any]]:
         size, grid = self.lattices[keys[0].bucket]
         samples, rngs = [], [self._rng(key, attempt) for key in keys]
         for rng in rngs:
             if attempt:
-                self._other(rng, keys[0].bucket)  # what is drawn after the choice of a file does not repeat it
+                self._other(rng, keys[0].bucket, attempt)  # what is drawn after the choice of a file does not repeat it
             sample: dict[str, Any] = {"index": index, "seed": int(rng.integers(2**63))}
             if self.targets is not None:
                 sample["target"] = self.targets[index]

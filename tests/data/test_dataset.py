@@ -95,6 +95,20 @@ def test_repeated_samples_share_one_reading_and_differ():
     assert len({float(sample.tensors["signal"][0, 1]) for sample in together}) == 6
 
 
+def test_a_broken_file_is_replaced_by_one_that_its_batch_agrees_with():
+    # Of one speaker, say; where there is none, any file is better than the end of training.
+    halves = [Bucket((1, 2), (4, 4), part, part) for part in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9])]
+    made = samples(buckets=halves)
+    for epoch in range(20):
+        for broken, members in ((3, halves[0].members), (7, halves[1].members)):
+            sample = made[Key(epoch, broken, bucket=int(broken == 7))]
+            assert sample.broken[0] == (broken, "truncated")
+            assert sample.tensors["index"] in members
+    alone = samples(buckets=[Bucket((1, 2), (4, 4), [3], [3])])[Key(0, 3)]
+    assert {entry[0] for entry in alone.broken} <= {3, 7}
+    assert alone.tensors["index"] not in (3, 7)
+
+
 def test_a_broken_file_is_replaced_by_the_same_one_for_all_its_samples():
     keys = [Key(0, 3, repeat) for repeat in range(3)]
     together, alone = samples().__getitems__(keys), [samples()[key] for key in keys]

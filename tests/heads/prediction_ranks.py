@@ -36,6 +36,8 @@ class Model(nn.Module):
         super().__init__()
         self.see, self.remember = nn.Linear(3, WIDTH), nn.GRU(WIDTH, 4, batch_first=True)
         self.head = ContrastivePrediction(WIDTH, 4, steps=3, skip=1, negatives=negatives)
+        for weight in self.head.parameters():  # which begin at zero
+            nn.init.normal_(weight)
 
     def forward(self, x: Tensor, seeds: Tensor, present: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and the metrics of sequences [B, T, 3]."""

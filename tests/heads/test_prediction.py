@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from prediction_ranks import SETTINGS, walk
+from predictors import roused
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
@@ -105,7 +106,7 @@ def example(width=5, context=3):
 @padding
 @pytest.mark.parametrize("skip", [0, 1])
 def test_it_is_infonce_by_loops(negatives, padded, skip):
-    head = ContrastivePrediction(5, 3, steps=2, skip=skip, negatives=negatives)
+    head = roused(ContrastivePrediction(5, 3, steps=2, skip=skip, negatives=negatives))
     z, c, seeds = example()
     present = presence(padded)
     loss, metrics = head(z, c, seeds, present)
@@ -121,7 +122,7 @@ def test_it_is_infonce_by_loops(negatives, padded, skip):
 @choices
 @padding
 def test_constant_scores_give_log_n_to_rounding_and_no_hit(negatives, padded):
-    head = ContrastivePrediction(5, 3, steps=2, negatives=negatives)
+    head = roused(ContrastivePrediction(5, 3, steps=2, negatives=negatives))
     nn.init.zeros_(head.predictor.project.weight)
     z, c, seeds = example()
     present = presence(padded)
@@ -239,7 +240,7 @@ def test_the_same_bits_every_time(negatives):
     found = []
     for _ in range(2):
         torch.manual_seed(0)
-        head = ContrastivePrediction(5, 3, steps=2, negatives=negatives)
+        head = roused(ContrastivePrediction(5, 3, steps=2, negatives=negatives))
         loss, metrics = head(z.requires_grad_(), c, seeds)
         (grad,) = torch.autograd.grad(loss, z)
         found.append([loss, grad, *metrics.values()])
@@ -247,7 +248,9 @@ def test_the_same_bits_every_time(negatives):
 
 
 def test_padding_is_neither_scored_nor_taken_nor_trained():
-    head, present = ContrastivePrediction(5, 3, steps=2, negatives=NegativesConfig(count=9)), presence(padded=True)
+    head, present = roused(
+        ContrastivePrediction(5, 3, steps=2, negatives=NegativesConfig(count=9)), presence(padded=True)
+    )
     z, c, seeds = example()
     z.requires_grad_()
     loss, metrics = head(z, c, seeds, present)
@@ -260,7 +263,7 @@ def test_padding_is_neither_scored_nor_taken_nor_trained():
 
 
 def test_a_sequence_is_one_line_and_seeds_may_be_left_out():
-    head = ContrastivePrediction(5, 3, steps=2)
+    head = roused(ContrastivePrediction(5, 3, steps=2))
     z, c, seeds = example()
     present = presence(padded=True)[:, 0]
     loss, _ = head(z[:, 0], c[:, 0], seeds, present)
@@ -272,7 +275,7 @@ def test_a_sequence_is_one_line_and_seeds_may_be_left_out():
 
 
 def test_alone_without_its_own_sequence_there_is_nothing_to_learn():
-    head = ContrastivePrediction(5, 3, steps=2, negatives=NegativesConfig(current=False))
+    head = roused(ContrastivePrediction(5, 3, steps=2, negatives=NegativesConfig(current=False)))
     z, c, seeds = example()
     loss, metrics = head(z[:1], c[:1], seeds[:1])
     loss.backward()
@@ -282,7 +285,7 @@ def test_alone_without_its_own_sequence_there_is_nothing_to_learn():
 
 def test_vectors_that_are_all_the_same_are_never_hit():
     """Scores differ by rounding alone; a collapsed encoder must not look as if it had learned something."""
-    head = ContrastivePrediction(512, 16, steps=2, negatives=NegativesConfig(count=8))
+    head = roused(ContrastivePrediction(512, 16, steps=2, negatives=NegativesConfig(count=8)))
     z = torch.randn(512).expand(4, 20, 512).contiguous()
     _, metrics = head(z, torch.randn(4, 20, 16))
     assert metrics["accuracy_1"] < 0.03
@@ -290,7 +293,7 @@ def test_vectors_that_are_all_the_same_are_never_hit():
 
 @pytest.mark.parametrize("predictor", ["linear", "transformer"])
 def test_bf16_vectors_are_scored_in_fp32(predictor):
-    head = ContrastivePrediction(5, 4, steps=2, predictor=predictor)
+    head = roused(ContrastivePrediction(5, 4, steps=2, predictor=predictor))
     z, c, seeds = example(context=4)
     z, c = z.bfloat16(), c.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -299,7 +302,7 @@ def test_bf16_vectors_are_scored_in_fp32(predictor):
 
 
 def test_a_transformer_predicts_a_line_from_what_came_before_in_it():
-    steps = TransformerSteps(5, 4, 3)
+    steps = roused(TransformerSteps(5, 4, 3))
     c = torch.randn(B, L, T, 4)
     changed = c.clone()
     changed[:, :, 4:] += 1
@@ -357,7 +360,7 @@ class Agent(nn.Module):
 
 def test_it_attaches_to_a_recurrent_model_of_ones_own():
     """Six places on a ring, left or right by turns of three: what comes next is told by what was before."""
-    agent, head = Agent(), ContrastivePrediction(8, 16, steps=3, negatives=NegativesConfig(count=32))
+    agent, head = Agent(), roused(ContrastivePrediction(8, 16, steps=3, negatives=NegativesConfig(count=32)))
     optimizer = torch.optim.Adam([*agent.parameters(), *head.parameters()], 1e-2)
     generator = torch.Generator().manual_seed(0)
     bounds = []

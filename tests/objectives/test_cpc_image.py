@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from predictors import roused
 
 from mmssl.objectives.cpc import CPCConfig
 from mmssl.objectives.mae import MAEConfig
@@ -74,7 +75,7 @@ def test_a_context_sees_nothing_beyond_its_patches_to_the_bit(direction, row):
 
 @pytest.mark.parametrize("directions", [DIRECTIONS[:2], DIRECTIONS])
 def test_every_direction_learns_and_teaches_the_patch_network(directions):
-    made = objective((20, 20), directions)
+    made = roused(objective((20, 20), directions))
     step = made({"signal": torch.randn(4, 3, 20, 20), "seed": torch.arange(4)})
     step.loss.backward()
     silent = [name for name, p in made.named_parameters() if p.grad is None or not p.grad.any()]
@@ -85,7 +86,7 @@ def test_every_direction_learns_and_teaches_the_patch_network(directions):
 
 
 def test_the_loss_depends_on_what_is_done_to_patches():
-    made, signal = objective((20, 20)), torch.randn(4, 3, 20, 20)
+    made, signal = roused(objective((20, 20))), torch.randn(4, 3, 20, 20)
     batch = {"signal": signal, "seed": torch.arange(4)}
     dropped = batch | {"patch_colour_drop": torch.ones(4)}
     plain, changed = made(batch).loss, made(dropped).loss

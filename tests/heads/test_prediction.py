@@ -248,9 +248,8 @@ def test_the_same_bits_every_time(negatives):
 
 
 def test_padding_is_neither_scored_nor_taken_nor_trained():
-    head, present = roused(
-        ContrastivePrediction(5, 3, steps=2, negatives=NegativesConfig(count=9)), presence(padded=True)
-    )
+    head = roused(ContrastivePrediction(5, 3, steps=2, negatives=NegativesConfig(count=9)))
+    present = presence(padded=True)
     z, c, seeds = example()
     z.requires_grad_()
     loss, metrics = head(z, c, seeds, present)

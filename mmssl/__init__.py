@@ -7,6 +7,8 @@ The public API of all three packages, imported when it is first used:
   several seeds.
 - ``Classifier(path)``: what fine-tuning leaves behind, files in and class names out; ``predict`` does whole folders.
 - ``knn``, ``linear_probe``, ``probe`` (by protocol), ``embed``: frozen evaluation; ``list_files`` makes the listings.
+- ``frame_probe``: single moments of sounds (``SoundFrames``) by the labels that ``read_segments`` reads.
+- ``ContrastivePrediction``: the contrastive loss of steps ahead, for objectives of one's own.
 - ``propagate``: masks, keypoints and parts of a first frame, followed through videos and scored;
   ``propagate_source`` follows what a mask marks through one's own video.
 - ``show``: pictures of what was learned.
@@ -20,11 +22,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmssl.data.listing import Listing, list_files
     from mmssl.errors import MmsslError, UnusableData, UserError
+    from mmssl.heads.prediction import ContrastivePrediction
     from modalities.classifier import Classifier
     from modalities.encoder import Encoder, load
     from tasks.build import load_recipe
     from tasks.embed import embed
     from tasks.finetune import finetune, finetune_seeds
+    from tasks.frame_probe import frame_probe
+    from tasks.frames import SoundFrames
     from tasks.knn import knn
     from tasks.linear_probe import linear_probe
     from tasks.predict import predict
@@ -32,18 +37,22 @@ if TYPE_CHECKING:
     from tasks.probe_protocols import probe
     from tasks.propagate import propagate
     from tasks.propagate_source import propagate_source
+    from tasks.segment_labels import read_segments
     from tasks.show import show
 
 _HOME = {
     "Classifier": "modalities.classifier",
+    "ContrastivePrediction": "mmssl.heads.prediction",
     "Encoder": "modalities.encoder",
     "Listing": "mmssl.data.listing",
     "MmsslError": "mmssl.errors",
+    "SoundFrames": "tasks.frames",
     "UnusableData": "mmssl.errors",
     "UserError": "mmssl.errors",
     "embed": "tasks.embed",
     "finetune": "tasks.finetune",
     "finetune_seeds": "tasks.finetune",
+    "frame_probe": "tasks.frame_probe",
     "knn": "tasks.knn",
     "linear_probe": "tasks.linear_probe",
     "list_files": "mmssl.data.listing",
@@ -54,19 +63,23 @@ _HOME = {
     "probe": "tasks.probe_protocols",
     "propagate": "tasks.propagate",
     "propagate_source": "tasks.propagate_source",
+    "read_segments": "tasks.segment_labels",
     "show": "tasks.show",
 }
 
 __all__ = [
     "Classifier",
+    "ContrastivePrediction",
     "Encoder",
     "Listing",
     "MmsslError",
+    "SoundFrames",
     "UnusableData",
     "UserError",
     "embed",
     "finetune",
     "finetune_seeds",
+    "frame_probe",
     "knn",
     "linear_probe",
     "list_files",
@@ -77,6 +90,7 @@ __all__ = [
     "probe",
     "propagate",
     "propagate_source",
+    "read_segments",
     "show",
 ]
 

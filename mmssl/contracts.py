@@ -120,6 +120,13 @@ class StreamsSignal(Protocol):
         ...
 
 
+@runtime_checkable
+class Widens(Protocol):
+    """A tokenizer that makes more of a signal than it was: ``widens`` activations at once per value, at least 1."""
+
+    widens: float
+
+
 class Backbone(Protocol):
     """Turns tokens into representations; knows no modality and no mask. An ``nn.Module``."""
 

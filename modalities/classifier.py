@@ -123,7 +123,7 @@ class Classifier:
         def logits(x: Tensor) -> Tensor:
             return self.objective.logits({"signal": x.to(self.encoder.device, torch.float32)}).float()
 
-        scores = over_views(logits, signal, self.encoder.axes)
+        scores = over_views(logits, signal, self.encoder.axes, self.encoder.most_signals)
         if scores.ndim == 2:
             return scores
         if self.multi_label:

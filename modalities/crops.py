@@ -1,12 +1,13 @@
 """The tokenizer of pictures whose patches overlap, each seen by a residual network alone, as CPC has them."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmssl.backbones.resnet import ResNet
+from mmssl.backbones.resnet import Bottleneck, ResNet
 from mmssl.contracts import Batch, Grid, Size
 from mmssl.masking import gather
 from modalities.patch_augment import augment_patches
@@ -44,6 +45,14 @@ class Crops(nn.Module):
         self.grid = self.grid_of(self.size)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    @property
+    def widens(self) -> float:
+        """Activations per value of the signal where there are most, behind the stem or in the first block."""
+        stem, first = self.network.stem, self.network.blocks[0]
+        assert isinstance(first, Bottleneck)
+        per_pixel = max(stem.out_channels / 4, first.widen.out_channels / 16)
+        return max(1.0, math.prod(self.grid) * self.patch_dim * per_pixel / (math.prod(self.size) * self.channels**2))
 
     def learned_on(self, grid: Grid) -> None:
         """Take no notice: there are no positions."""

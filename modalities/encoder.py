@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmssl.backbones import BACKBONES
 from mmssl.backbones.vit import ViTConfig
 from mmssl.config import BackboneConfig, Piece, one_of, override, validate
-from mmssl.contracts import Backbone, Batch, Grid, Modality, State, Streams, StreamsSignal, Tokenizer
+from mmssl.contracts import Backbone, Batch, Grid, Modality, State, Streams, StreamsSignal, Tokenizer, Widens
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UnusableData, UserError, nearest, sibling
@@ -35,6 +35,8 @@ FORMAT = 1
 DECODE_TIMEOUT = 30.0
 BATCH_VALUES = 64 * 3 * 224 * 224
 """Numbers in a batch of signals that an encoder is given at once, where nobody says how many: 64 pictures, 4 clips."""
+CHUNK = 1000
+"""Tokens above which a signal goes through chunk by chunk where an encoder can: 10 s of sound, as in CPC."""
 
 
 class ModelConfig(Piece):
@@ -155,15 +157,26 @@ class Encoder(nn.Module):
         """Encode the next chunk of preprocessed signals as it comes in: a vector per token, and what to remember.
 
         ``chunk`` is [B, C, n * hop], the vectors are [B, n, dim]; without ``state`` it is the first chunk. However a
-        signal is cut, its vectors are those of the whole. Raises ValueError for an encoder that looks at whole signals.
+        signal is cut, its vectors are those of the whole. Raises ValueError for an encoder that looks at whole signals,
+        for a chunk of another shape or type, and for a state of other signals.
         """
         tokenizer, backbone = self._tokenizer, self.backbone
         if not isinstance(tokenizer, StreamsSignal) or not isinstance(backbone, Streams):
             raise ValueError("this encoder looks at whole signals: to stream, tokenizer and backbone must be causal")
+        if chunk.ndim != 3 or chunk.shape[1] != self._tokenizer.channels or not chunk.is_floating_point():
+            raise ValueError(
+                f"a chunk must be float [B, {self._tokenizer.channels}, n * {tokenizer.hop}], but this one is "
+                f"{chunk.dtype} {list(chunk.shape)}"
+            )
+        for part in () if state is None else (*state[0], *state[1]):
+            if len(part) != len(chunk):
+                raise ValueError(f"a chunk of {len(chunk)} signals cannot go on from a state of {len(part)}")
         before, past = (None, None) if state is None else state
-        tokens, before = tokenizer.step(chunk, before)
+        tokens, before = tokenizer.step(chunk.to(self.device, torch.float32), before)
+        if self.output == "latent":
+            return tokens, (before, ())
         vectors, past = backbone.step(tokens, past)
-        return tokens if self.output == "latent" else vectors, (before, past)
+        return vectors, (before, past)
 
     def _embed(self, patches: Tensor, index: Tensor | None, grid: Grid | None) -> Tensor:
         tokens = self._tokenizer.embed(patches, index, grid)
@@ -184,7 +197,7 @@ class Encoder(nn.Module):
 
         Of several views, [B, V, C, *size], the vectors are averaged.
         """
-        vectors = over_views(lambda x: self.pool(*self._latent(x)).float(), signal, self.axes)
+        vectors = over_views(lambda x: self.pool(*self._latent(x)).float(), signal, self.axes, self.most_signals)
         return vectors.mean(1) if vectors.ndim == 3 else vectors
 
     def _latent(self, signal: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -193,9 +206,19 @@ class Encoder(nn.Module):
         try:
             batch = {"signal": signal.to(self.device, torch.float32)}
             grid, pad = self._tokenizer.grid_of(signal.shape[2:]), self._tokenizer.pad(batch)
+            if grid[0] > CHUNK and isinstance(self._tokenizer, StreamsSignal) and isinstance(self.backbone, Streams):
+                return self._chunked(batch["signal"]), pad
             return self(self._tokenizer.patches(batch), grid=grid, pad=pad), pad
         finally:
             self.train(training)
+
+    def _chunked(self, signal: Tensor) -> Tensor:
+        # In halves: what is kept for the next chunk is views of inner layers, so that those of two chunks are there.
+        state, vectors = None, []
+        for chunk in signal.split(CHUNK // 2 * self._tokenizer.patch_dim, -1):
+            found, state = self.step(chunk, state)
+            vectors.append(found)
+        return torch.cat(vectors, 1)
 
     @property
     def axes(self) -> int:
@@ -204,10 +227,16 @@ class Encoder(nn.Module):
 
     @property
     def batch_size(self) -> int:
-        """How many signals to encode at once where nobody says so: 64 pictures of 224 pixels, fewer large ones."""
-        values = self._tokenizer.channels * math.prod(self._tokenizer.size)
-        values *= math.prod(getattr(self.config.signal, "views", ()))  # clips x crops of a file go through together
-        return max(1, min(256, BATCH_VALUES // values))
+        """How many files to encode at once where nobody says so: 64 pictures of 224 pixels, fewer large ones."""
+        return max(1, min(256, self.most_signals // math.prod(getattr(self.config.signal, "views", ()))))
+
+    @property
+    def most_signals(self) -> int:
+        """How many signals, also views of one file, go through together: about the memory of 64 pictures."""
+        signal, tokenizer = self.config.signal, self._tokenizer
+        longer = (getattr(signal, "longest", None) or 0) / getattr(signal, "seconds", 1)
+        widens = tokenizer.widens if isinstance(tokenizer, Widens) else 1
+        return max(1, int(BATCH_VALUES // (tokenizer.channels * math.prod(tokenizer.size) * max(1.0, longer) * widens)))
 
     @property
     def decode(self) -> Callable[[str], Any]:
@@ -282,9 +311,8 @@ class Encoder(nn.Module):
     def layers(self, batch: Batch) -> list[Tensor]:
         """Return what every block puts out for the signals of a batch: tensors [B, num_prefix + N, dim], normalised.
 
-        Where the encoder gives embedded patches, they are the one layer.
-
-        Each goes through the final norm, as in DINO's evaluation, so the last one is what ``forward`` returns.
+        Each goes through the final norm, as in DINO's evaluation, so the last one is what ``forward`` returns. Where
+        the encoder gives embedded patches, they are the one layer.
         """
         tokenizer = self._tokenizer
         grid, pad = tokenizer.grid_of(batch["signal"].shape[2:]), tokenizer.pad(batch)

@@ -16,7 +16,7 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from PIL import ImageDraw, ImageFont
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from mmssl.backbones.conv import Norm
@@ -58,7 +58,14 @@ class SentenceTokenizer(Piece):
     embed_dim: Above0 = 32
     """Width of a byte's embedding; the paper embeds words."""
     kernel: Above0 = 7
-    """Bytes that the convolution looks at: about a word."""
+    """Bytes that the convolution looks at, an odd number: about a word."""
+
+    @field_validator("kernel")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"kernel must be odd, to have as many bytes on either side, but got {value}")
+        return value
 
 
 class ByteTokenizer(Piece):

@@ -70,6 +70,7 @@ class Sentences(_OfBytes):
         super().__init__(embed_dim)
         self.conv = nn.Conv1d(embed_dim, dim, kernel, padding="same")
         self.dim, self.patch_dim = dim, length
+        self.widens = max(1.0, dim / length)
         self.patch_size: Size = (1, length)
         self.size: Size = (sentences, length)
         self.grid: Grid = (sentences,)
@@ -118,6 +119,7 @@ class Bytes(_OfBytes):
         super().__init__(embed_dim)
         self.convs = StridedConvs(embed_dim, dim, kernels, strides, norm)
         self.dim, self.hop, self.edge = dim, self.convs.hop, self.convs.edge
+        self.widens = max(embed_dim, dim / strides[0])
         self.patch_dim = self.hop
         self.patch_size: Size = (self.hop,)
         self.size: Size = (count,)

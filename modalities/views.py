@@ -20,15 +20,16 @@ def in_groups(signals: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -
     return [rows[i] for i in range(len(signals))]
 
 
-def over_views(function: Callable[[Tensor], Tensor], signal: Tensor, axes: int) -> Tensor:
+def over_views(function: Callable[[Tensor], Tensor], signal: Tensor, axes: int, limit: int | None = None) -> Tensor:
     """Return ``function`` of signals [B, C, *size] with so many axes; of several views [B, V, C, *size] a row for each.
 
-    So [B, ...], or [B, V, ...].
+    So [B, ...], or [B, V, ...]. Of several views at most ``limit`` signals go through at a time; all if None.
     """
     if signal.ndim == axes + 2:
         return function(signal)
-    rows: Tensor = function(signal.flatten(0, 1)).unflatten(0, signal.shape[:2])
-    return rows
+    views = signal.flatten(0, 1)
+    rows = torch.cat([function(part) for part in views.split(limit or len(views))])
+    return rows.unflatten(0, signal.shape[:2])  # type: ignore[no-any-return]
 
 
 def one_view(signal: Tensor, axes: int) -> Tensor:

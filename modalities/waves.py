@@ -29,6 +29,7 @@ class Waves(nn.Module):
         self.dim, self.hop = dim, self.convs.hop
         self.patch_dim = self.hop
         self.edge = self.convs.edge
+        self.widens = max(1.0, dim / strides[0])
         self.patch_size: Size = (self.hop,)
         self.size: Size = (samples,)
         self.grid = self.grid_of(self.size)

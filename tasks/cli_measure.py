@@ -151,7 +151,7 @@ def linear_probe(
         typer.Option(help="logistic: probe single moments of sounds; a table of path, start, end (seconds), label."),
     ] = None,
     max_frames: Annotated[
-        int | None, typer.Option(min=1, help="--frames: fit at most so many training frames, drawn by lot. [50000]")
+        int | None, typer.Option(min=3, help="--frames: fit at most so many training frames, drawn by lot. [50000]")
     ] = None,
     label_column: Annotated[
         str | None, typer.Option(help="Manifest column with the labels [label]; --frames: its column [the only one].")
@@ -180,6 +180,7 @@ def linear_probe(
     loaded = load(encoder, parse_assignments(signal or ()))
     halves = pair(loaded, train, test, train_split, test_split)
     if frames is not None:
+        _check_table(frames, train)
         labels = read_segments(frames, loaded.kind, label_column)
         probed = frame_probe(
             SoundFrames(loaded), *halves, labels, max_frames or MAX_FRAMES, seed, skip_broken=skip_broken
@@ -204,6 +205,13 @@ def _check_frames(
         others.append(f"--protocol {protocol}")
     if frames is not None and others:
         raise UserError(f"--frames has the protocol logistic alone, on the encoder's output; leave out {others[0]}")
+
+
+def _check_table(frames: Path, train: Path) -> None:
+    """Raise UserError for a table of labels that lies with the training files, and not where it was said to."""
+    beside = (train if train.is_dir() else train.parent) / frames.name
+    if not frames.exists() and beside.is_file():
+        raise UserError(f"{frames} does not exist; did you mean '{beside}'?")
 
 
 def embed(

@@ -393,8 +393,23 @@ def class_targets(train: Listing, test: Listing, label_column: str = "label") ->
         more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
         words = ", ".join(f"'{label}'" for label in unseen[:3]) + more
         raise UserError(f"{test.root}: no training sample in {train.root} has the test label {words}")
-    shared = overlapping(train.paths, test.paths)
-    if shared:
-        raise UserError(f"{len(shared)} files, such as {min(shared)}, are in both the training and the test set")
+    check_apart(train, test)
     number = {label: i for i, label in enumerate(classes)}
     return classes, [number[label] for label in train_labels], [number[label] for label in test_labels]
+
+
+def check_apart(train: Listing, test: Listing) -> None:
+    """Raise UserError where a test file is a training file too, by whatever spelling of its path; say what to do."""
+    check_disjoint(
+        train,
+        test,
+        "both the training and the test set; give two folders, or a manifest with a split column "
+        "(--train-split, --test-split)",
+    )
+
+
+def check_disjoint(a: Listing, b: Listing, what: str) -> None:
+    """Raise UserError where a file, or a moment of it, is in both, by whatever spelling of its path."""
+    shared = overlapping(a.paths, b.paths)
+    if shared:
+        raise UserError(f"{len(shared)} files, such as {min(shared)}, are in {what}")

@@ -17,7 +17,7 @@ from mmssl.run import Run
 from modalities.classifier import Classifier
 from modalities.encoder import Encoder
 from tasks.build import Recipe, default_device
-from tasks.features import Samples
+from tasks.features import Samples, check_disjoint
 from tasks.finetune_protocols import finetune_recipe
 from tasks.finetune_result import ClassScore, FinetuneResult, Measured, SeedsResult
 from tasks.fit import fit
@@ -26,7 +26,6 @@ from tasks.labels import (
     Array,
     balanced_weights,
     blind_score,
-    check_disjoint,
     check_positive,
     file_targets,
     held_out,

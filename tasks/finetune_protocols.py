@@ -155,6 +155,10 @@ def pinned(name: str, encoder: Encoder) -> tuple[dict[str, Any], tuple[str, ...]
     if encoder.modality != published.modality:
         wanted, given = published.modality, encoder.modality
         raise UserError(f"--protocol {name} is for modality {wanted}, and this encoder is of modality {given}")
+    prefix, backbone = "model.backbone.", encoder.config.model.backbone
+    sizes = {**published.settings, **(published.by_width[0][2] if published.by_width else {})}
+    if not all(hasattr(backbone, key.removeprefix(prefix)) for key in sizes if key.startswith(prefix)):
+        raise UserError(f"--protocol {name} is for ViT encoders, and this encoder's backbone is '{backbone.name}'")
     for most, column, settings in published.by_width:
         if width <= most:
             notes = (f"the encoder is {width} wide, so the settings are the paper's for ViT-{column}",)

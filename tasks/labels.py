@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mmssl.data.fragment import overlapping, real
+from mmssl.data.fragment import real
 from mmssl.data.listing import Listing
 from mmssl.errors import UserError, nearest
-from tasks.features import class_targets, commonest_share
+from tasks.features import check_apart, class_targets, commonest_share
 
 Array = np.ndarray[Any, Any]
 """Targets: class indices int64 [n], or float32 [n, classes] of 0 and 1."""
@@ -34,7 +34,7 @@ def file_targets(
     if len(classes) < 2:
         raise UserError(f"{train.root}: --multi-label needs at least two classes in '{column}', but found {classes}")
     check_known(sets[1], classes, test, train)
-    check_disjoint(train, test, "both the training and the test set")
+    check_apart(train, test)
     return classes, multi_hot(sets[0], classes), multi_hot(sets[1], classes)
 
 
@@ -80,13 +80,6 @@ def check_known(labels: Sequence[set[str]], classes: list[str], listing: Listing
         more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
         words = ", ".join(f"'{label}'" for label in unseen[:3]) + more
         raise UserError(f"{listing.root}: no training sample in {train.root} has the label {words}")
-
-
-def check_disjoint(a: Listing, b: Listing, what: str) -> None:
-    """Raise UserError where a file, or a moment of it, is in both, by whatever spelling of its path."""
-    shared = overlapping(a.paths, b.paths)
-    if shared:
-        raise UserError(f"{len(shared)} files, such as {min(shared)}, are in {what}")
 
 
 def check_positive(targets: Array, listing: Listing, what: str) -> None:

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from mmssl.errors import UnusableData, UserError, nearest
 from tasks.panels import Block, Line, Panel, Shot, legible
 from tasks.panels_page import DPI, INK, SOFT, rasterize
+from tasks.writer import say
 
 HUES = (
     "#0092ff", "#ff5b00", "#009224", "#c82492", "#6d37db", "#002492", "#00ed6d", "#ff80ff", "#6d005b", "#494900",
@@ -30,6 +31,10 @@ SHOWN = len(HUES) * len(MARKERS)
 """As many groups are told apart; the smaller ones beyond share a grey."""
 FEWEST = 4
 """A map of fewer points shows nothing."""
+MANY = 2000
+"""A map of more vectors takes so long that a person is told."""
+PER_MINUTE = 5000
+"""About as many vectors are placed in a minute."""
 PERPLEXITY = 30.0
 MAP, LEGEND, ENTRY = 9.0, 3.0, 0.3
 """Width of the map and of the legend beside it, and height of a legend's entry, in inches of ``DPI`` pixels."""
@@ -52,6 +57,10 @@ def tsne_panel(path: Path, color_by: str, most: int, seed: int) -> tuple[Panel, 
     """
     vectors, groups, total = read_vectors(path, color_by, most, seed)
     count = len(vectors)
+    if count > MANY:
+        minutes = max(1, round(count / PER_MINUTE))
+        say(f"t-SNE of {count:,} vectors takes about {'a minute' if minutes == 1 else f'{minutes:,} minutes'}; "
+            "--most draws fewer")  # fmt: skip
     perplexity = min(PERPLEXITY, (count - 1) / 3)
     model = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
     # Normalised, as k-NN and retrieval compare them: by angle.
@@ -60,10 +69,11 @@ def tsne_panel(path: Path, color_by: str, most: int, seed: int) -> tuple[Panel, 
         places = model.fit_transform(directions)
     which = f"{count:,} of {total:,} vectors, drawn by lot with seed {seed}" if count < total else f"{count:,} vectors"
     note = (
-        f"{which}, coloured by {color_by}; normalised, perplexity {perplexity:g}, started from PCA, seed {seed}. "
+        f"{which}, coloured by {color_by}; normalised, perplexity {perplexity:.3g}, started from PCA, seed {seed}. "
         "Neighbours are near each other; distances between groups and their sizes mean little."
     )
-    shot = Shot(f"one point per file, coloured by {color_by}", rasterize(_scatter(places, groups)))
+    what = "row" if "start" in pq.read_schema(path).names else "file"  # of pieces and moments, a file has many
+    shot = Shot(f"one point per {what}, coloured by {color_by}", rasterize(_scatter(places, groups)))
     block = Block(legible(path.name), [Line("", [shot])])
     panel = Panel("t-SNE", note, [block], side=max(shot.picture.shape))
     facts = {"vectors": total, "shown": count, "perplexity": perplexity, "color_by": color_by, "seed": seed}
@@ -75,25 +85,46 @@ def read_vectors(
 ) -> tuple[np.ndarray[Any, np.dtype[np.float32]], list[str | None], int]:
     """Return at most ``most`` vectors float32 [n, dim], their groups, and how many there are in all."""
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)
     except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-    names = table.column_names
-    if "vector" not in names or not pa.types.is_fixed_size_list(table.schema.field("vector").type):
+        raise _unreadable(path, error) from None
+    schema, total = file.schema_arrow, file.metadata.num_rows
+    names = schema.names
+    if "vector" not in names or not pa.types.is_fixed_size_list(schema.field("vector").type):
         raise UserError(f"{path} holds no vectors; write it with mmssl embed")
     if color_by not in names:
         raise UserError(f"{path} has no column '{color_by}' to colour by{nearest(color_by, set(names) - {'vector'})}")
-    total = table.num_rows
     if total < FEWEST:
         raise UserError(f"{path} holds {total} vectors, and a map takes at least {FEWEST}")
+    rows = np.arange(total)
     if total > most:
-        table = table.take(np.sort(np.random.default_rng(seed).choice(total, most, replace=False)))
+        rows = np.sort(np.random.default_rng(seed).choice(total, most, replace=False))
+    try:
+        table = _take(file, ["vector", color_by], rows)
+    except pa.ArrowException as error:
+        raise _unreadable(path, error) from None
     vectors = np.stack(table.column("vector").to_numpy()).astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(bad):
-        raise UnusableData(f"{path}: the vector of row {bad[0] + 1} is NaN or infinite")
+        raise UnusableData(f"{path}: the vector of row {rows[bad[0]] + 1} is NaN or infinite")
     groups = [None if value is None else str(value) for value in table.column(color_by).to_pylist()]
     return vectors, groups, total
+
+
+def _unreadable(path: Path, error: pa.ArrowException) -> UserError:
+    return UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})")
+
+
+def _take(file: pq.ParquetFile, columns: list[str], rows: np.ndarray[Any, np.dtype[np.int64]]) -> pa.Table:
+    """Return the rows with these sorted numbers, with one row group in memory at a time."""
+    parts, start = [], 0
+    for group in range(file.num_row_groups):
+        stop = start + file.metadata.row_group(group).num_rows
+        inside = rows[(start <= rows) & (rows < stop)] - start
+        if len(inside):
+            parts.append(file.read_row_group(group, columns=columns).take(inside))
+        start = stop
+    return pa.concat_tables(parts)
 
 
 def _scatter(places: np.ndarray[Any, Any], groups: Sequence[str | None]) -> Figure:

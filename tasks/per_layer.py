@@ -1,8 +1,8 @@
 """The linear probe on every block of a frozen encoder: where in the network the classes become separable.
 
 Layers are numbered from 1, the first block, to the last, which is the encoder's own output; each is put through the
-encoder's final norm and pooled as the encoder pools. There is no layer 0: a class token that has not met a block is the
-same vector for every picture.
+encoder's final norm, where there is one, and pooled as the encoder pools. There is no layer 0: a class token that has
+not met a block is the same vector for every picture.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class Layers:
             pad = encoder.tokenizer.pad(batch)
             return torch.cat([encoder.pool(output, pad).float() for output in encoder.layers(batch)], dim=1)
 
-        vectors = over_views(layers, signal, encoder.axes)
+        vectors = over_views(layers, signal, encoder.axes, encoder.most_signals)
         return vectors.mean(1) if vectors.ndim == 3 else vectors
 
     def fingerprint(self) -> str:
@@ -58,6 +58,8 @@ class PerLayerResult:
     """The result of every layer, the first block's first."""
 
     layers: list[ProbeResult]
+    normed: bool = True
+    """Whether the encoder has a final norm, through which every layer went."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON; scores are fractions."""
@@ -106,7 +108,8 @@ class PerLayerResult:
 
     def _lines(self) -> list[str]:
         last = self.layers[-1]
-        how = "every layer goes through the encoder's final norm and is pooled as the encoder pools"
+        norm = "goes through the encoder's final norm and " if self.normed else ""
+        how = f"every layer {norm}is pooled as the encoder pools"
         notes = [f"layer {i}: {note}" for i, result in enumerate(self.layers, 1) for note in result.notes]
         return [str(last.samples), last.describe(), how, *notes]
 
@@ -129,5 +132,6 @@ def per_layer_probe(
         [
             probe_features(Labelled(fit, known.targets), Labelled(score, queries.targets), samples, seed)
             for fit, score in pairs
-        ]
+        ],
+        normed=encoder.output != "latent" and hasattr(encoder.backbone, "norm"),
     )

@@ -154,9 +154,11 @@ class DryRun:
                 table.add_row(*(in_words(value) for value in row.values()))
             console.print(f"\nOn {self.zero[0]['ranks']} ranks, by --deepspeed_config:")
             console.print(table)
+            # Not every backbone can compute its activations again.
+            settable = getattr(self.recipe.model.backbone, "checkpointing", None) is not None
             console.print(
                 "More ranks do not make activations and communication buckets smaller: where these dominate, "
-                "train.accumulate or model.backbone.checkpointing=true does.",
+                f"train.accumulate{' or model.backbone.checkpointing=true' if settable else ''} does.",
                 soft_wrap=True,
             )
 

@@ -170,10 +170,15 @@ def pin(
     """Return the protocol ``name`` for an encoder and ``files`` training files, changed by dotted ``overrides``.
 
     The batch is at most the training set, cut to what divides into micro-steps. Raises UserError for a name, a key or a
-    value that is not valid.
+    value that is not valid, and for an encoder of what has no crops.
     """
     if name not in PROTOCOLS:
         raise UserError(f"--protocol {name}: no such protocol{nearest(name, NAMES)}")
+    if not all(hasattr(encoder.config.signal, key) for key in CROPS):
+        raise UserError(
+            f"--protocol {name} trains on crops of pictures, and this encoder is of modality {encoder.modality}; "
+            "take --protocol logistic"
+        )
     overrides = flat(overrides or {})
     for key in overrides:
         for fixed, reason in FIXED.items():

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -11,7 +11,10 @@ from tasks.report import Curve, Section
 SNAPSHOTS = (0.1, 0.3, 1.0)
 """Shares of the training after which the steps are looked at."""
 MEAN_OF = 5
-"""Lines of metrics that are averaged for it."""
+"""Lines of metrics that are averaged for it, at most."""
+
+Points: TypeAlias = tuple[Sequence[float], Sequence[float]]
+"""The x and the y values of a line."""
 
 
 def ahead_sections(metrics: Sequence[Mapping[str, Any]]) -> list[Section]:
@@ -20,21 +23,13 @@ def ahead_sections(metrics: Sequence[Mapping[str, Any]]) -> list[Section]:
     if not steps:
         return []
     chance = float(np.exp(-metrics[-1]["log_n"]))
-    by_step = {}
-    for share in SNAPSHOTS:
-        end = max(1, round(share * len(metrics)))
-        lines = metrics[max(0, end - MEAN_OF) : end]
-        values = [float(np.mean([line[f"accuracy_{k}"] for line in lines])) for k in steps]
-        by_step[f"after {lines[-1]['step']:,} training steps"] = (steps, values)
+    by_step, lines = _snapshots(metrics, steps)
+    by_step["by chance"] = (steps, [chance] * len(steps))
     times = [line["step"] for line in metrics]
     ends = dict.fromkeys((steps[0], steps[-1]))
     bounds = {
         **{f"{k} ahead": (times, [line[f"bound_{k}"] for line in metrics]) for k in ends},
         "log N, the most it can be": (times, [line["log_n"] for line in metrics]),
-        **{
-            f"{k} ahead": (times, [line[f"bound_{k}"] for line in metrics])
-            for k in dict.fromkeys((steps[0], steps[-1]))
-        },
         "mean over steps": (times, [line["bound"] for line in metrics]),
     }
     return [
@@ -43,9 +38,32 @@ def ahead_sections(metrics: Sequence[Mapping[str, Any]]) -> list[Section]:
             "steps ahead",
             "the true one found",
             by_step,
-            f"How often the true moment scores highest of all candidates; by chance {chance:.1%}. Training batches, "
-            f"mean of {MEAN_OF} lines of metrics.",
+            f"How often the true one scores highest of all candidates; by chance {chance:.1%}. Training batches, "
+            f"{lines}.",
             percent=True,
         ),
-        Curve("Bound on mutual information", "step", "nats", bounds, "log N - loss: what is known of what comes next."),
+        Curve(
+            "Bound on mutual information",
+            "step",
+            "nats",
+            bounds,
+            "log N - loss: at least so much is known of what is ahead. 0 or less means that nothing is known yet.",
+        ),
     ]
+
+
+def _snapshots(metrics: Sequence[Mapping[str, Any]], steps: Sequence[float]) -> tuple[dict[str, Points], str]:
+    """Return the accuracy of each step after each share of the training, and of how many lines it is the mean."""
+    # The first line is of the first step, at which all candidates can score alike: no accuracy of what comes later.
+    later = metrics[1:] or metrics
+    by_step: dict[str, Points] = {}
+    counts = set()
+    for end in sorted({max(1, round(share * len(later))) for share in SNAPSHOTS}):
+        lines = later[max(0, end - MEAN_OF) : end]
+        counts.add(len(lines))
+        done = lines[-1]["step"]
+        values = [float(np.mean([line[f"accuracy_{k}"] for line in lines])) for k in steps]
+        by_step[f"after {done:,} training step{'' if done == 1 else 's'}"] = (steps, values)
+    most = max(counts)
+    span = f"{most}" if len(counts) == 1 else f"{min(counts)} to {most}"
+    return by_step, f"mean of {span} line{'' if most == 1 else 's'} of metrics"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from mmssl.data.listing import MANIFESTS, Listing, list_files
 from mmssl.errors import UserError, nearest
 
 TIMES = ("start", "end")
+NAMES = ("path", *TIMES)
+"""The columns that a table of labels must have."""
 NANOSECOND = 9
 """Decimals of a second to which middles of frames are rounded, so that they meet times written as decimals."""
 
@@ -82,8 +85,11 @@ def read_segments(source: Path | str, kind: Media, column: str | None = None) ->
     listing = list_files(source, kind)
     for name in TIMES:
         if name not in listing.columns:
-            raise UserError(f"{source} has no '{name}' column{nearest(name, listing.columns)}")
+            raise UserError(f"{source} has no '{name}' column{_meant(name, listing)}")
     column = column or _only_other(source, listing)
+    if column not in listing.columns:
+        others = listing.columns.keys() - {*TIMES}
+        raise UserError(f"{source} has no '{column}' column{nearest(column, others)}")
     labels, starts, ends = listing.labels(column), _seconds(listing, "start"), _seconds(listing, "end")
     rows: dict[str, list[int]] = {}
     for row, path in enumerate(listing.paths):
@@ -96,6 +102,11 @@ def read_segments(source: Path | str, kind: Media, column: str | None = None) ->
         column,
         {file: _in_order(source, file, np.array(some), starts, ends, labels) for file, some in files.items()},
     )
+
+
+def _meant(name: str, listing: Listing) -> str:
+    close = [column for column in listing.columns if get_close_matches(column.lower(), NAMES, n=1) == [name]]
+    return f"; rename '{close[0]}' to '{name}'" if close else f"; a table of labels has {', '.join(NAMES)} and a label"
 
 
 def _only_other(source: Path, listing: Listing) -> str:

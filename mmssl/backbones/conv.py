@@ -99,6 +99,6 @@ class StridedConvs(nn.Module):
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             assert isinstance(conv, CausalConv)
             past = x.new_zeros(x.shape[0], conv.past, x.shape[2]) if state is None else state[i]
-            after.append(torch.cat([past, x], 1)[:, x.shape[1] :])
+            after.append(torch.cat([past[:, x.shape[1] :], x[:, -conv.past :] if conv.past else x[:, :0]], 1))
             x = F.relu(norm(conv(x, past)))
         return x, tuple(after)

@@ -218,5 +218,5 @@ def sentences(bar: Progressbar, limits: Limits, hooks: Hooks) -> Iterator[None]:
         micro = limits.batch_size // limits.accumulate
         raise MmsslError(
             f"out of memory on micro-batches of {micro} samples ({str(error).splitlines()[0]}); "
-            "raise train.accumulate, lower train.batch_size or set model.backbone.checkpointing=true"
+            "lower train.batch_size or raise train.accumulate"
         ) from None

@@ -32,11 +32,14 @@ def param_groups(
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return a parameter's layer by its name in the objective: 0 tokenizer, 1 to depth blocks, depth + 1 the rest."""
+    """Return a parameter's layer by its name in the objective: 0 tokenizer, 1 to depth blocks, depth + 1 the rest.
+
+    What maps tokens to the width of the blocks belongs to the tokenizer.
+    """
     block = re.search(r"backbone\.blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
-    return 0 if re.search(r"(^|\.)(_?tokenizer|cls_token)\b", name) else depth + 1
+    return 0 if re.search(r"(^|\.)(_?tokenizer|cls_token|backbone\.reader)\b", name) else depth + 1
 
 
 def adamw(groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.AdamW:

@@ -34,7 +34,8 @@ class NegativesConfig(Piece):
     count: Annotated[int, Field(gt=0)] | None = 128
     """How many are drawn for each sequence, none of them twice; null takes all there are. N is one more."""
     current: bool = True
-    """mixed and speaker: whether the sequence that is predicted in may be among them (the paper's "excl." is false)."""
+    """mixed and speaker: whether the sequence that is predicted in may be among them (the paper's "excl." is false);
+    false also leaves out the batch's other looks at the same file (``data.repeats``)."""
     column: str = "speaker"
     """speaker: which column of the manifest tells."""
 
@@ -62,6 +63,7 @@ class ContrastivePrediction(nn.Module):
         negatives: NegativesConfig | None = None,
     ) -> None:
         super().__init__()
+        self.latent_dim, self.context_dim = latent_dim, context_dim
         self.steps, self.skip, self.negatives = steps, skip, negatives or NegativesConfig()
         self.predictor: nn.Module
         if predictor == "linear":
@@ -69,14 +71,24 @@ class ContrastivePrediction(nn.Module):
         else:
             self.predictor = TransformerSteps(latent_dim, context_dim, steps)
 
-    def forward(self, z: Tensor, c: Tensor, seeds: Tensor | None = None, present: Tensor | None = None) -> Step:
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor,
+        seeds: Tensor | None = None,
+        present: Tensor | None = None,
+        files: Tensor | None = None,
+    ) -> Step:
         """Return the loss for z [B, T, Dz] and contexts c [B, T, Dc], or with lines [B, L, T, ...]; and how good it is.
 
         ``seeds`` int64 [B] draw the candidates, the same ones every time where there are none; ``present`` bool [B, T]
-        or [B, L, T] tells what is no padding. Of every step k ahead, counted from 1, there is ``accuracy_k`` and
-        ``bound_k``, in nats (log N - loss); ``bound`` is their mean, and ``log_n`` what it can be at most. A sample's
-        loss is the mean over its steps of the means over moments. Raises ValueError for a sequence too short.
+        or [B, L, T] tells what is no padding; ``files`` int64 [B] are equal for looks at one file, none where left out.
+        Of every step k ahead, counted from 1, there is ``accuracy_k`` and ``bound_k``, in nats (log N - loss);
+        ``bound`` is their mean, and ``log_n`` what it can be at most. A sample's loss is the mean over its steps of the
+        means over moments; samples without anything to score have no part in the mean over samples. Raises ValueError
+        for a sequence too short, and for z and c that do not go together.
         """
+        self._check(z, c)
         if z.ndim == 3:
             z, c = z.unsqueeze(1), c.unsqueeze(1)
             present = None if present is None else present.unsqueeze(1)
@@ -86,23 +98,37 @@ class ContrastivePrediction(nn.Module):
         seeds = torch.zeros(len(z), dtype=torch.int64, device=z.device) if seeds is None else seeds
         with torch.autocast(z.device.type, enabled=False):
             z, rows = z.float(), []
-            candidates = draw_candidates(z, present, seeds, self.negatives)
+            candidates = draw_candidates(z, present, seeds, self.negatives, files)
             for k, prediction in enumerate(self.predictor(c.float()), self.skip + 1):
                 rows.append(score(prediction[:, :, :-k], z[:, :, k:], k, present, candidates))
             losses, hits, counted = (torch.stack(column, 1) for column in zip(*rows, strict=True))
         return self._step(losses, hits, counted, (candidates.most + 1.0).log())
 
+    def _check(self, z: Tensor, c: Tensor) -> None:
+        if z.ndim not in (3, 4) or z.shape[:-1] != c.shape[:-1]:
+            raise ValueError(
+                f"z {list(z.shape)} and c {list(c.shape)} do not go together: both need axes [B, T, width] or "
+                "[B, L, T, width], equal but for the width"
+            )
+        if (z.shape[-1], c.shape[-1]) != (self.latent_dim, self.context_dim):
+            raise ValueError(
+                f"z and c have widths {z.shape[-1]} and {c.shape[-1]}, but the head was made for {self.latent_dim} and "
+                f"{self.context_dim}"
+            )
+
     def _step(self, losses: Tensor, hits: Tensor, counted: Tensor, log_n: Tensor) -> Step:
         # All [B, K] but log_n [B]. Padding and a want of candidates may leave a sample without a step.
         loss = (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
-        samples = all_reduce(counted.sum(0).float()) / ranks()
-        share = counted.float() / samples.clamp(min=1 / ranks())
+        # Of every step, and at last of any, how many samples there are on a rank, on average.
+        counts = torch.cat([counted, counted.any(1, keepdim=True)], 1).sum(0).float()
+        samples = (all_reduce(counts) / ranks()).clamp(min=1 / ranks())
+        share = counted.float() / samples[:-1]
         bounds, accuracies = ((log_n.unsqueeze(1) - losses) * share).sum(0).detach(), (hits * share).sum(0)
         most = (log_n.unsqueeze(1) * share).sum(0)  # samples of unequal length may have unequally many candidates
         steps = range(self.skip + 1, self.skip + self.steps + 1)
         metrics = {f"accuracy_{k}": value for k, value in zip(steps, accuracies, strict=True)}
         metrics |= {f"bound_{k}": value for k, value in zip(steps, bounds, strict=True)}
-        return Step(loss.mean(), metrics | {"bound": bounds.mean(), "log_n": most.mean()})
+        return Step(loss.sum() / samples[-1], metrics | {"bound": bounds.mean(), "log_n": most.mean()})
 
 
 class LinearSteps(nn.Module):
@@ -159,11 +185,14 @@ class Candidates(NamedTuple):
     """Where the moments of each sample begin in the whole batch, int64 [B]."""
 
 
-def draw_candidates(z: Tensor, present: Tensor, seeds: Tensor, settings: NegativesConfig) -> Candidates:
+def draw_candidates(
+    z: Tensor, present: Tensor, seeds: Tensor, settings: NegativesConfig, files: Tensor | None = None
+) -> Candidates:
     """Draw from z [B, L, T, Dz] of all ranks, where ``present`` [B, L, T], with a seed per sample, int64 [B].
 
     Each sample draws the same on any number of ranks. One more is drawn than is asked for, so that without its own
-    positive every moment has exactly as many, and each set of that size is equally likely.
+    positive every moment has exactly as many, and each set of that size is equally likely. Where the current sequence
+    is not to be taken, neither are those of the same number in ``files`` [B].
     """
     moments, first = z[0, ..., 0].numel(), rank() * len(z)
     own = (first + torch.arange(len(z), device=z.device)) * moments
@@ -175,7 +204,8 @@ def draw_candidates(z: Tensor, present: Tensor, seeds: Tensor, settings: Negativ
         places = torch.arange(len(vectors), device=z.device).expand(len(z), -1)
         open_ = all_gather(present.to(torch.uint8)).flatten().bool().expand(len(z), -1)
         if not settings.current:
-            open_ = open_ & (places // moments != (own // moments).unsqueeze(1))
+            files = own if files is None else files
+            open_ = open_ & (all_gather(files).repeat_interleave(moments) != files.unsqueeze(1))
     among = int(settings.current)
     most = (open_.sum(1) - among).clamp(min=0)
     if settings.count is None or settings.count + 1 >= places.shape[1]:

@@ -18,6 +18,7 @@ from mmssl.backbones.pixelcnn import PixelCNN
 from mmssl.config import ObjectiveConfig
 from mmssl.contracts import Batch, Draw, EncoderModule, Grid, Step, Streams
 from mmssl.heads.prediction import ContrastivePrediction, NegativesConfig
+from mmssl.masking import gather
 
 Direction = Literal["forward", "backward", "right", "left"]
 SATURATED = 0.95
@@ -98,10 +99,18 @@ class CPC(nn.Module):
         for direction in self.directions:
             steps, head = _shape(tokenizer.grid, direction)[0], self.heads[0]
             assert isinstance(head, ContrastivePrediction)
-            if steps <= head.skip + head.steps:
+            reach, edge = head.skip + head.steps, tokenizer.edge
+            if steps <= reach:
                 raise ValueError(
-                    f"objective.steps {head.steps} and skip {head.skip} reach {head.skip + head.steps} ahead, but the "
+                    f"objective.steps {head.steps} and skip {head.skip} reach {reach} ahead, but the "
                     f"token grid {list(tokenizer.grid)} has {steps} in direction '{direction}'"
+                )
+            # Turned round, the tokens that see the edge are the last ones.
+            if steps <= (reach + edge if direction == "backward" else max(reach, edge)):
+                raise ValueError(
+                    f"nothing can be predicted {reach} ahead (objective.steps and skip) in direction '{direction}': of "
+                    f"the {steps} tokens the first {edge} see zeros before the signal and are not predicted; raise "
+                    "signal.seconds, or for texts signal.bytes"
                 )
 
     def encoders(self) -> dict[str, EncoderModule]:
@@ -120,12 +129,10 @@ class CPC(nn.Module):
         contexts, present = [self.encoder.backbone, *self.contexts], self._present(z, pad)
         steps = []
         for direction, context, head in zip(self.directions, contexts, self.heads, strict=True):
-            turned, shape = turn(z, grid, direction), _shape(grid, direction)
-            if pad is not None and direction != "forward":
-                raise ValueError(f"objective.directions '{direction}' is for signals of one size, without padding")
+            turned, shape = turn(z, grid, direction, pad), _shape(grid, direction)
             c = context(turned, pad, seeds, shape)
-            there = lines(turn(present.unsqueeze(-1), grid, direction), shape).squeeze(-1)
-            steps.append(head(lines(turned, shape), lines(c, shape), seeds, there))
+            there = lines(turn(present.unsqueeze(-1), grid, direction, pad), shape).squeeze(-1)
+            steps.append(head(lines(turned, shape), lines(c, shape), seeds, there, batch.get("index")))
         loss = sum(step.loss for step in steps) / len(steps)
         names = steps[0].metrics
         return Step(loss, {name: sum(step.metrics[name] for step in steps) / len(steps) for name in names})
@@ -153,8 +160,16 @@ class CPC(nn.Module):
         )
 
 
-def turn(tokens: Tensor, grid: Grid, direction: Direction) -> Tensor:
-    """Return tokens [B, N, D] of a grid in the row-major order in which ``direction`` leads down the rows."""
+def turn(tokens: Tensor, grid: Grid, direction: Direction, pad: Tensor | None = None) -> Tensor:
+    """Return tokens [B, N, D] of a grid in the row-major order in which ``direction`` leads down the rows.
+
+    Of a sequence, padding [B, N] stays where it is, behind the others. Raises ValueError for padding in rows.
+    """
+    if pad is not None and direction != "forward":
+        if len(grid) > 1:
+            raise ValueError(f"objective.directions '{direction}' is for signals of one size, without padding")
+        place = torch.arange(grid[0], device=pad.device)
+        return gather(tokens, torch.where(pad, place, (~pad).sum(1, keepdim=True) - 1 - place))
     x: Tensor = tokens.unflatten(1, (grid[0], -1))
     if direction in ("right", "left"):
         x = x.transpose(1, 2)

@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mmssl.backbones.pixelcnn import PixelCNN
 from mmssl.config import ObjectiveConfig
-from mmssl.contracts import Batch, Draw, EncoderModule, Reconstruction, Step
+from mmssl.contracts import Batch, Draw, EncoderModule, Reconstruction, Step, Streams
 from mmssl.heads.decoder import DecoderConfig
 from mmssl.losses.reconstruction import patch_mse
 from mmssl.masking import MASKS, Mask, MaskKind, RunningCell, gather
@@ -33,10 +34,35 @@ class MAEConfig(ObjectiveConfig):
     def build(self, encoders: Mapping[str, EncoderModule]) -> "MAE":
         """Make the objective around its one encoder; ValueError for a mask that does not suit the encoder's grid."""
         (encoder,) = encoders.values()
+        check_maskable(encoder)
         tokenizer = encoder.tokenizer
         decoder = self.decoder.build(encoder.dim, tokenizer.patch_dim, tokenizer.grid, tokenizer.extend)
         mask = MASKS[self.mask](self.mask_ratio)
         return MAE(encoder, decoder, mask if self.decode_ratio == 1 else RunningCell(mask, self.decode_ratio))
+
+
+def check_maskable(encoder: EncoderModule) -> None:
+    """Raise ValueError, one sentence, for an encoder that cannot see a few patches and tell of those around them."""
+    if encoder.tokenizer.overlaps:
+        raise ValueError(
+            "masked autoencoding needs patches that do not overlap, or what is masked shows in its neighbours: "
+            "take another model.tokenizer.name"
+        )
+    if isinstance(encoder.backbone, Streams | PixelCNN):
+        raise ValueError(
+            "masked autoencoding needs a backbone that looks at all tokens, but this one reads them in their order: "
+            "set model.backbone.name to vit"
+        )
+    if encoder.output == "latent":
+        raise ValueError(
+            "masked autoencoding trains what the backbone makes of patches, which an encoder with model.output "
+            "'latent' leaves out: set model.output=context"
+        )
+    if not encoder.tokenizer.placed:
+        raise ValueError(
+            "masked autoencoding cannot use tokens that do not tell where they are, for what is masked is known by its "
+            "place alone: take another model.tokenizer.name"
+        )
 
 
 class MAE(nn.Module):
@@ -47,11 +73,6 @@ class MAE(nn.Module):
     def __init__(self, encoder: EncoderModule, decoder: nn.Module, mask: Mask) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        if encoder.tokenizer.overlaps:
-            raise ValueError(
-                "masked autoencoding needs patches that do not overlap, or what is masked shows in its neighbours: "
-                "take another model.tokenizer.name"
-            )
         mask.kept(encoder.tokenizer.grid)  # a grid that cannot be masked is told now, not in a worker
         self._draw = mask
 

@@ -17,7 +17,7 @@ from mmssl.config import ObjectiveConfig
 from mmssl.contracts import Batch, EncoderModule, Grid, Reconstruction
 from mmssl.heads.pair_decoder import PairDecoderConfig
 from mmssl.masking import MASKS, Indices, Mask, MaskKind
-from mmssl.objectives.mae import MAE
+from mmssl.objectives.mae import MAE, check_maskable
 
 
 class SiamMAEConfig(ObjectiveConfig):
@@ -40,6 +40,7 @@ class SiamMAEConfig(ObjectiveConfig):
     def build(self, encoders: Mapping[str, EncoderModule]) -> "SiamMAE":
         """Make the objective around its one encoder; ValueError for a mask that does not suit the encoder's grid."""
         (encoder,) = encoders.values()
+        check_maskable(encoder)
         tokenizer = encoder.tokenizer
         decoder = self.decoder.build(encoder.dim, tokenizer.patch_dim, tokenizer.grid, tokenizer.extend)
         mask, past = MASKS[self.mask](self.mask_ratio), self.past_mask_ratio

@@ -42,6 +42,12 @@ def test_layer_decay_falls_towards_the_input(tiny_mae):
     assert layer_of("head.weight", 12) == 13
 
 
+@pytest.mark.parametrize("name", ["encoder.backbone.reader.weight", "backbone.reader.bias", "backbone.reader."])
+def test_what_maps_tokens_to_the_width_of_blocks_goes_with_the_tokenizer(name):
+    assert layer_of(name, 12) == 0
+    assert layer_of("contexts.0.reader.weight", 12) == 13
+
+
 def test_set_lr_scales_each_group(tiny_mae):
     optimizer = adamw(param_groups(tiny_mae(), 0.05, layer_decay=0.5, depth=2), (0.9, 0.95), 1e-8)
     set_lr(optimizer, 0.1)

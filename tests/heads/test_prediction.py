@@ -93,7 +93,7 @@ def brute_force(head, z, c, seeds, present):
         log_ns.append(sum(limits) / max(1, len(bounds)))
     metrics["bound"] = sum(metrics[f"bound_{i + head.skip + 1}"] for i in range(head.steps)) / head.steps
     metrics["log_n"] = sum(log_ns) / head.steps
-    return sum(losses[b] / max(1, steps_of[b]) for b in range(B)) / B, metrics
+    return sum(losses[b] / steps_of[b] for b in steps_of) / len(steps_of), metrics
 
 
 def example(width=5, context=3):
@@ -131,8 +131,8 @@ def test_constant_scores_give_log_n_to_rounding_and_no_hit(negatives, padded):
     for b in range(B):
         lengths = int(present[b, 0].sum())
         n = len(candidates_of(b * L * T + lengths - 1, int(seeds[b]), present, negatives)) + 1
-        wanted.append(math.log(n) * (lengths > 1))
-    assert float(loss.detach()) == pytest.approx(sum(wanted) / B, abs=1e-6)
+        wanted += [math.log(n)] * (lengths > 1)
+    assert float(loss.detach()) == pytest.approx(sum(wanted) / len(wanted), abs=1e-6)
     assert float(metrics["bound"]) == pytest.approx(0, abs=1e-6)
     assert metrics["accuracy_1"] == metrics["accuracy_2"] == 0
     if not padded:
@@ -157,7 +157,7 @@ def test_the_bound_is_at_most_log_n(negatives, padded):
 def taken(monkeypatch):
     """Return per anchor of a head's step 1 its own place and those of its candidates: vectors are places here."""
 
-    def look(negatives, seeds, present=None):
+    def look(negatives, seeds, present=None, files=None):
         seen, ours = [], prediction.info_nce
 
         def spy(positive, others, there):
@@ -171,7 +171,7 @@ def taken(monkeypatch):
         z = torch.arange(samples * L * T).float().view(samples, L, T, 1)
         with monkeypatch.context() as patch:
             patch.setattr(prediction, "info_nce", spy)
-            head(z, torch.ones(samples, L, T, 1), seeds, present)
+            head(z, torch.ones(samples, L, T, 1), seeds, present, files)
         return seen
 
     return look
@@ -194,6 +194,46 @@ def test_which_candidates_are_taken(taken, negatives, padded):
         assert place not in others
         assert set(others) <= pool
         assert len(set(others)) == len(others) == min(negatives.count or 10**9, len(pool - {place}))
+
+
+@pytest.mark.parametrize("count", [9, None, 100])
+def test_other_looks_at_a_file_are_out_with_the_current_one(taken, count):
+    files, seeds, present = torch.tensor([7, 3, 7, 5]), torch.tensor([5, 6, 7, 8]), presence(padded=True)
+    there = set(present.flatten().nonzero().flatten().tolist())
+    settings = NegativesConfig(current=False, count=count)
+    for place, others in taken(settings, seeds, present, files):
+        pool = {p for p in there if files[p // (L * T)] != files[place // (L * T)]}
+        assert place not in there or set(others) <= pool
+        assert place not in there or len(others) == min(count or 10**9, len(pool))
+    with_current = NegativesConfig(count=count)
+    assert taken(with_current, seeds, present, files) == taken(with_current, seeds, present)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_looks_at_a_file_on_another_rank_are_out_too(monkeypatch, first):
+    files, seeds, present = torch.tensor([7, 3, 7, 5]), torch.tensor([5, 6, 7, 8]), presence(padded=True)
+    z, settings, mine = torch.randn(B, L, T, 3), NegativesConfig(current=False), slice(2 * first, 2 * first + 2)
+    whole = prediction.draw_candidates(z, present, seeds, settings, files)
+    of_all = {part.dtype: part for part in (z, present.to(torch.uint8), files)}
+    monkeypatch.setattr(prediction, "all_gather", lambda part: of_all[part.dtype])
+    monkeypatch.setattr(prediction, "rank", lambda: first)
+    half = prediction.draw_candidates(z[mine], present[mine], seeds[mine], settings, files[mine])
+    for name in ("places", "present", "most", "own"):
+        assert torch.equal(getattr(half, name), getattr(whole, name)[mine])
+
+
+@pytest.mark.parametrize(("z", "c", "words"), [
+    ((4, 7, 5), (3, 7, 3), r"z \[4, 7, 5\] and c \[3, 7, 3\] do not go together: both need axes"),
+    ((4, 7, 5), (4, 6, 3), "do not go together"),
+    ((4, 2, 7, 5), (4, 7, 3), "do not go together"),
+    ((4, 2, 7, 5), (4, 1, 7, 3), "do not go together"),
+    ((7, 5), (7, 3), "do not go together"),
+    ((4, 7, 5), (4, 7, 5), "z and c have widths 5 and 5, but the head was made for 5 and 3"),
+    ((4, 7, 3), (4, 7, 3), "z and c have widths 3 and 3"),
+])  # fmt: skip
+def test_sequences_that_do_not_go_together_are_told(z, c, words):
+    with pytest.raises(ValueError, match=words):
+        ContrastivePrediction(5, 3, steps=2)(torch.zeros(z), torch.zeros(c))
 
 
 def test_what_a_sample_draws_is_its_own_seeds_doing(taken):

@@ -48,6 +48,13 @@ def test_unpatch_inverts_patches(size, patch_size, stride):
         assert torch.equal(back, signal)  # sums of 1, 2 or 4 equal numbers are exact
 
 
+def test_what_is_made_of_a_value_counts_patches_that_overlap():
+    tokenizer = crops((20, 20), 8, 4)  # 16 patches of 64 pixels: 1024 for 400, of each 4 / 4 channels behind the stem
+    assert tokenizer.widens == pytest.approx(max(1, 1024 / 400 * 1 / 3))
+    tokenizer.network.stem.out_channels = 64
+    assert tokenizer.widens == pytest.approx(1024 / 400 * 16 / 3)
+
+
 def test_unpatch_is_the_mean_where_patches_overlap():
     tokenizer = crops((12, 8), 8, 4)
     patches = torch.stack([torch.zeros(192), torch.ones(192)]).unsqueeze(0)

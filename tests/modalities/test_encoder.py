@@ -108,6 +108,18 @@ def test_a_damaged_encoder_is_a_sentence(folder, tmp_path):
         load(folder)
 
 
+@torch.no_grad()
+def test_views_of_a_file_go_through_a_few_at_a_time(monkeypatch, tiny_encoder):
+    encoder, views, seen = tiny_encoder().eval(), torch.randn(2, 5, 3, 16, 16), []
+    encoder.backbone.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    whole = encoder.features(views)
+    assert seen == [10]
+    monkeypatch.setattr("modalities.encoder.BATCH_VALUES", 4 * 3 * 16 * 16)
+    torch.testing.assert_close(encoder.features(views), whole)
+    assert seen == [10, 4, 4, 2]
+    assert encoder.batch_size == 4
+
+
 def test_nothing_in_the_folder_is_a_pickle(folder):
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors", "config.json", "preprocess.json", "README.md",

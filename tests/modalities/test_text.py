@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from mmssl.contracts import StreamsSignal
 from mmssl.data.guard import BrokenFile
@@ -263,6 +264,19 @@ def test_a_sentence_is_the_mean_over_its_own_bytes():
     tokens = tokenizer.embed(signal_of(text_, "")[0])[0]
     torch.testing.assert_close(tokens[:1], expected, rtol=0, atol=1e-6)
     assert (tokens[1] == 0).all()
+
+
+def test_kernels_of_sentences_have_a_middle():
+    with pytest.raises(ValidationError, match=r"kernel must be odd, .* but got 6"):
+        SentenceTokenizer(kernel=6)
+    assert SentenceTokenizer(kernel=1).kernel == 1
+
+
+def test_what_is_made_of_a_byte():
+    assert made("sentences").widens == 1
+    assert Sentences(4, 12, 48, 32, 7).widens == 4
+    assert made("bytes").widens == 32  # its embedding
+    assert Bytes(24, 512, 32, (8, 4), (4, 2), "none").widens == 128
 
 
 def test_many_sentences_are_embedded_as_one_by_one():

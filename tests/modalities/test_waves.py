@@ -79,6 +79,56 @@ def test_a_state_is_each_samples_own(backbone):
     assert torch.equal(again, together)
 
 
+@pytest.mark.parametrize(("chunk", "words"), [
+    (torch.zeros(1, 2, 400), r"float \[B, 1, n \* 40\], but this one is torch\.float32 \[1, 2, 400\]"),
+    (torch.zeros(1, 400), r"but this one is torch\.float32 \[1, 400\]"),
+    (torch.zeros(1, 1, 400, dtype=torch.int16), r"but this one is torch\.int16"),
+    (torch.zeros(1, 1, 0), "does not divide"),
+])  # fmt: skip
+def test_chunks_of_another_kind_are_told(chunk, words):
+    with pytest.raises(ValueError, match=words):
+        encoder_of().step(chunk)
+
+
+@backbones
+def test_a_state_of_other_signals_is_told(backbone):
+    encoder = encoder_of(backbone)
+    _, state = encoder.step(torch.zeros(3, 1, 400))
+    with pytest.raises(ValueError, match="a chunk of 1 signals cannot go on from a state of 3"):
+        encoder.step(torch.zeros(1, 1, 400), state)
+    encoder.step(torch.zeros(3, 1, 400, dtype=torch.float64), state)
+
+
+@backbones
+@pytest.mark.parametrize("output", ["context", "latent"])
+def test_long_sounds_go_through_in_pieces_and_are_the_same(monkeypatch, backbone, output):
+    encoder, x = encoder_of(backbone, **{"model.output": output}), torch.randn(2, 1, SAMPLES)
+    seen = []
+    encoder.tokenizer.convs.convs[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    (whole, _), features = encoder.tokens(x), encoder.features(x)
+    assert seen == [SAMPLES, SAMPLES]
+    monkeypatch.setattr("modalities.encoder.CHUNK", 14)
+    seen.clear()
+    torch.testing.assert_close(encoder.tokens(x)[0], whole, atol=1e-5, rtol=0)
+    assert seen == [7 * HOP, 7 * HOP, 6 * HOP]
+    torch.testing.assert_close(encoder.features(x), features, atol=1e-5, rtol=0)
+
+
+def test_how_many_go_together_counts_what_evaluation_may_be_long_and_what_is_made_of_a_sample():
+    published = Encoder(load_recipe("cpc-audio"))
+    assert published.tokenizer.widens == 512 / 5
+    assert published.batch_size == 1
+    short = Encoder(load_recipe("cpc-audio", {"signal.longest": 1.28}))
+    assert short.batch_size == int(64 * 3 * 224 * 224 / (20480 * 512 / 5)) == 4
+    assert encoder_of(**{"signal.longest": 10}).batch_size == int(64 * 3 * 224 * 224 / (80000 * 6 / 5))
+    spectrogram = Encoder(load_recipe("audio-mae-tiny"))
+    longer = Encoder(load_recipe("audio-mae-tiny", {"signal.longest": 60}))
+    assert spectrogram.batch_size == min(256, int(64 * 3 * 224 * 224 / spectrogram.tokenizer.size[0]))
+    assert longer.batch_size == int(
+        64 * 3 * 224 * 224 / (spectrogram.tokenizer.size[0] * 60 / longer.config.signal.seconds)
+    )
+
+
 def test_a_chunk_is_whole_tokens_and_whole_looks_cannot_be_streamed():
     with pytest.raises(ValueError, match="a sound of 60 samples does not divide into tokens of 40"):
         encoder_of().step(torch.randn(1, 1, 60))

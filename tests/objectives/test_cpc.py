@@ -11,6 +11,7 @@ from predictors import roused
 from mmssl.data.dataset import Plan, Samples, Stream, loader
 from mmssl.data.listing import list_files
 from mmssl.distributed import World
+from mmssl.errors import UserError
 from mmssl.objectives import cpc
 from mmssl.objectives.cpc import CPC, lines, turn
 from modalities.encoder import MODALITIES
@@ -81,6 +82,23 @@ def test_lines_lead_down_rows_up_and_over_columns():
     assert found["right"] == [0, 3, 1, 4, 2, 5]
     assert found["left"] == [2, 5, 1, 4, 0, 3]
     assert lines(turn(x, (2, 3), "left"), (3, 2))[0, 1].flatten().tolist() == [5, 4, 3]
+
+
+def test_other_looks_at_a_file_are_no_negatives_without_the_current_one():
+    objective = make(**{"objective.negatives.current": False})
+    batch = batch_of()
+    alike = objective(batch | {"index": torch.full((4,), 9)})
+    assert alike.loss == alike.metrics["log_n"] == 0
+    assert objective(batch | {"index": torch.tensor([9, 8, 9, 8])}).metrics["log_n"] > 0
+    assert torch.equal(objective(batch | {"index": torch.arange(4) + 5}).loss, objective(batch).loss)
+
+
+@pytest.mark.parametrize(("tokens", "steps", "direction"), [(2, 1, "forward"), (4, 2, "backward")])
+def test_a_signal_of_edge_alone_is_told(tokens, steps, direction):
+    changes = {"objective.steps": steps, "objective.directions": [direction]}
+    make(**{"signal.seconds": (tokens + 1) * HOP / RATE, "signal.hop_ms": 1, "signal.window_ms": 2, **changes})
+    with pytest.raises(UserError, match=r"the first 2 see zeros .* raise signal\.seconds, or for texts signal\.bytes"):
+        make(**{"signal.seconds": tokens * HOP / RATE, "signal.hop_ms": 1, "signal.window_ms": 2, **changes})
 
 
 def test_padding_changes_nothing():

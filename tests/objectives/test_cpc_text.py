@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from predictors import roused
 
-from mmssl.objectives.cpc import CPCConfig
+from mmssl.objectives.cpc import CPCConfig, turn
 from modalities import text
 from modalities.encoder import Encoder, EncoderConfig, typed
 from tasks.cli import main
@@ -82,10 +83,29 @@ def test_a_text_of_one_sentence_is_no_fault():
     assert model(alone).loss == 0
 
 
-def test_backwards_needs_whole_passages():
-    model = objective(directions=["forward", "backward"])
-    with pytest.raises(ValueError, match="backward"):
-        model(batch(np.random.default_rng(0), range(len(SENTENCES)), 2))
+def test_backwards_a_passage_begins_with_its_last_sentence():
+    model = roused(objective(directions=["backward", "forward"], count=None))
+    given = batch(np.random.default_rng(0), range(len(SENTENCES)), 3)
+    lengths = [6, 3, 4]
+    for signal, length in zip(given["signal"], lengths, strict=True):
+        signal[:, length:] = 0
+    tokenizer, there = model.encoder.tokenizer, torch.arange(6) < torch.tensor(lengths).unsqueeze(1)
+    z = tokenizer.embed(tokenizer.patches(given))
+    turned = [torch.cat([row[:length].flip(0), row[length:]]) for row, length in zip(z, lengths, strict=True)]
+    back = torch.stack(turned)
+    wanted = [
+        model.heads[0](back, model.encoder.backbone(back), given["seed"], there).loss,
+        model.heads[1](z, model.contexts[0](z), given["seed"], there).loss,
+    ]
+    loss = model(given).loss
+    torch.testing.assert_close(loss, sum(wanted) / 2)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_padding_in_rows_cannot_be_turned():
+    with pytest.raises(ValueError, match="'backward' is for signals of one size"):
+        turn(torch.zeros(1, 4, 1), (2, 2), "backward", torch.zeros(1, 4, dtype=torch.bool))
 
 
 def test_from_texts_to_predictions(texts, tmp_path, monkeypatch, capfd):

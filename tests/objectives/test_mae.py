@@ -10,6 +10,8 @@ from mmssl.losses.reconstruction import patch_mse
 from mmssl.masking import gather
 from mmssl.objectives import OBJECTIVES
 from mmssl.objectives.mae import MAEConfig
+from mmssl.objectives.siam_mae import SiamMAEConfig
+from modalities.encoder import Encoder, EncoderConfig, typed
 
 SIZES = pytest.mark.parametrize("size", [(16, 16), (8, 24)], ids=["square", "wide"])
 
@@ -193,3 +195,26 @@ def test_config_builds_the_objective_that_draws_its_masks(tiny_encoder):
     assert mae.decoder.head.out_features == 48
     with pytest.raises(ValueError, match="does not divide"):
         MAEConfig(decoder={"dim": 16, "num_heads": 3})
+
+
+GRU = {"name": "gru", "dim": 16}
+VIT = {"name": "vit", "dim": 16, "depth": 1, "num_heads": 2}
+CROPS = {"name": "crops", "patch_size": 8, "stride": 4, "blocks": (1,), "channels": (8,), "bottlenecks": (4,)}
+
+
+@pytest.mark.parametrize("objective", ["mae", "siam_mae"])
+@pytest.mark.parametrize(("modality", "model", "words"), [
+    ("image", {"tokenizer": CROPS, "backbone": VIT}, "patches that do not overlap"),
+    ("image", {"backbone": GRU}, "a backbone that looks at all tokens, but this one reads them in their order"),
+    ("image", {"backbone": {"name": "pixelcnn", "dim": 16, "depth": 1}}, "a backbone that looks at all tokens"),
+    ("image", {"backbone": VIT, "output": "latent"}, r"with model\.output 'latent' leaves out: set model\.output"),
+    ("text", {"backbone": VIT}, "cannot use tokens that do not tell where they are"),
+])  # fmt: skip
+def test_encoders_that_cannot_be_masked_are_a_sentence(objective, modality, model, words):
+    config = typed(EncoderConfig, modality, "test")
+    signal = {"size": (16, 16)} if modality == "image" else {}
+    encoder = Encoder(config(modality=modality, signal=signal, model={"cls_token": False, **model}))
+    (settings,) = [kind for kind in (MAEConfig, SiamMAEConfig) if kind().name == objective]
+    with pytest.raises(ValueError, match=words) as refusal:
+        settings().build({modality: encoder})
+    assert len(str(refusal.value).splitlines()) == 1

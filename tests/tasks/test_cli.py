@@ -1,5 +1,6 @@
 """The command line as a person meets it: results, JSON, exit codes, and one sentence for each mistake."""
 
+import io
 import json
 import shlex
 import shutil
@@ -7,8 +8,10 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
-from tasks.pretrain import pretrain
+from tasks.build import load_recipe
+from tasks.pretrain import DryRun, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,7 @@ def test_recipes_are_listed_and_printed(ask):
     code, out, _ = ask("recipes")
     assert code == 0
     assert "image-mae-tiny" in out
+    assert all(line.endswith(".") for line in out.splitlines()), "a line is cut in mid-sentence"
     code, out, _ = ask("recipes", "image-mae-b16")
     assert out.startswith("# MAE with ViT-B/16")
     code, out, _ = ask("recipes", "image-mae-b16", "--json")
@@ -46,7 +50,16 @@ def test_dry_run_says_what_it_costs_and_writes_nothing(ask, photos, tmp_path):
     assert facts["gflop_per_sample_training"] == pytest.approx(3 * facts["gflop_per_sample_forward"])
     assert facts["estimated_memory_gb"] > 0
     assert not (tmp_path / "x").exists()
-    assert "gflop per sample forward" in ask(*words)[1]
+    page = ask(*words)[1]
+    assert "gflop per sample forward" in page
+    assert "train.accumulate or model.backbone.checkpointing=true does" in page
+
+
+def test_a_dry_run_advises_only_settings_that_there_are():
+    screen = io.StringIO()
+    DryRun(load_recipe("cpc-audio-tiny"), None, {}, [{"ranks": 8}]).render(Console(file=screen, width=400))
+    assert "train.accumulate does" in screen.getvalue()
+    assert "checkpointing" not in screen.getvalue()
 
 
 def test_pretrain_prints_one_json_object_on_stdout(ask, photos, tiny_settings, tmp_path):
@@ -146,7 +159,7 @@ MISTAKES = {
     "pretrain image-mae-tiny --data {photos} --out {new} --deepspeed_config zer2": "zero2",
     "knn {run}x --train {photos} --test {photos}": "does not exist; did you mean 'run'?",
     "knn {photos} --train {photos} --test {photos}": "neither an encoder folder nor a run",
-    "knn {run} --train {photos} --test {photos}": "in both the training and the test set",
+    "knn {run} --train {photos} --test {photos}": "in both the training and the test set; give two folders, or",
     "knn {run} --train {photos}/train --test {photos}/test --k ten": "--k ten: give whole numbers",
     "knn {run} --train {photos}/train --test {photos}/test --label-column speaker": "speaker",
     "knn {run} --train {photos}/train": "Missing option '--test'",

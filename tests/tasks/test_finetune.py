@@ -14,6 +14,7 @@ import torch
 from finetuned import FAST, MEASURED, assert_same, tensors
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
+from sound_encoders import recurrent
 
 import tasks.finetune as module
 from mmssl import checkpoint
@@ -287,3 +288,5 @@ def test_the_audiomae_protocol_hides_the_papers_share_of_a_spectrogram():
         assert bool(protocol.notes) == (seconds < 10)
     with pytest.raises(UserError, match="protocol mae is for modality image, and this encoder is of modality audio"):
         module.finetune_recipe(encoder, ["a", "b"], {}, 500, "mae")
+    with pytest.raises(UserError, match="protocol audiomae is for ViT encoders, and this encoder's backbone is 'gru'"):
+        module.finetune_recipe(recurrent(), ["a", "b"], {}, 500, "audiomae")

@@ -115,7 +115,7 @@ def test_the_label_is_the_only_other_column_or_the_one_named(write):
     assert read_segments(table, AUDIO, "word").column == "word"
     with pytest.raises(UserError, match=r"name it with --label-column \(one of phone, word\)"):
         read_segments(table, AUDIO)
-    with pytest.raises(UserError, match="no 'phon' column; did you mean 'phone'"):
+    with pytest.raises(UserError, match=r"phones\.csv has no 'phon' column; did you mean 'phone'"):
         read_segments(table, AUDIO, "phon")
     with pytest.raises(UserError, match="no other column than path, start and end"):
         read_segments(write("a.wav,0,1", header="path,start,end"), AUDIO)
@@ -129,7 +129,8 @@ def test_the_label_is_the_only_other_column_or_the_one_named(write):
         ("path,start,end,phone", ["a.wav,1,2,a", "b.wav,1,2,a", "a.wav,0,1.01,b"], "rows 1 and 3 overlap in time"),
         ("path,start,end,phone", ["a.wav,0,1,a", "a.wav,1,2,"], r"row 2 \(a\.wav#t=1,2\) has no phone"),
         ("path,start,end,phone", ["a.wav,0,1,a", "a.wav,1,,b"], "row 2 has no end"),
-        ("path,start,ends,phone", ["a.wav,0,1,a"], "has no 'end' column; did you mean 'ends'"),
+        ("path,start,ends,phone", ["a.wav,0,1,a"], "has no 'end' column; rename 'ends' to 'end'"),
+        ("path,start,stop,phone", ["a.wav,0,1,a"], "has no 'end' column; a table of labels has path, start, end and"),
         ("file,start,end,phone", ["a.wav,0,1,a"], "has no 'path' column"),
         ("path,start,end,phone", [], "lists no file"),
     ],
@@ -248,12 +249,53 @@ def test_mistakes_are_found_before_anything_is_decoded(spoken):
 
     with pytest.raises(UserError, match=r"other\.csv: audio/00\.wav and 1 more files have no segment"):
         asked([line for line in lines if "00.wav" not in line and "01.wav" not in line])
-    with pytest.raises(UserError, match=r"no training sample in .* has the label 'uh'"):
-        asked([*lines[:-1], lines[-1].rpartition(",")[0] + ",uh"])
+    strange = [line + "?" if line[6:8] in ("08", "09", "10", "11") else line for line in lines]
+    with pytest.raises(UserError, match=r"other\.csv: no training frame has a label that a frame of .* has"):
+        asked(strange)
     with pytest.raises(UserError, match="--max-frames 2: a linear probe needs at least 3"):
         asked(lines, max_frames=2)
     with pytest.raises(UserError, match="in both the training and the test set"):
         frame_probe(extractor, train, train, labels)
+
+
+def test_frames_of_labels_that_were_not_trained_are_left_out_and_counted(spoken):
+    """One is in no training file, the other in a segment of one that is too short to hold the middle of a frame."""
+    lines = (spoken / "phones.csv").read_text().splitlines()
+    whole = probe(spoken)
+    rows = [i for i, line in enumerate(lines) if "08.wav" in line]
+    frames = 0
+    for row, label in ((rows[0], "aw"), (rows[1], "aw"), (rows[2], "uh")):
+        path, start, end, _ = lines[row].split(",")
+        lines[row] = f"{path},{start},{end},{label}"
+        frames += round(100 * (float(end) - float(start)))
+    last = round(100 * (float(end) - float(start)))
+    lines.append("audio/00.wav,9,9.001,uh")
+    (spoken / "phones.csv").write_text("\n".join(lines) + "\n")
+    result = probe(spoken)
+    assert result.probe.samples.test == whole.probe.samples.test - frames
+    assert result.scores["top1"].value == 1.0
+    assert result.as_dict()["frames"]["test_without_training"] == {"aw": frames - last, "uh": last}
+    said = f"{frames} test frames of 2 classes without training frames left out: aw, uh"
+    assert result.as_dict()["notes"] == [said]
+    screen = io.StringIO()
+    result.render(Console(file=screen, width=200))
+    assert said in screen.getvalue()
+    assert "all" not in screen.getvalue().partition("test frames of")[0].rpartition("training frames of")[2]
+
+
+def test_classes_of_which_no_frame_was_drawn_are_said(spoken):
+    lines = (spoken / "phones.csv").read_text().splitlines()
+    rows = [next(i for i, line in enumerate(lines) if name in line) for name in ("00.wav", "08.wav")]
+    for row in rows:
+        lines[row] = f"{lines[row].rpartition(',')[0]},rare"
+    (spoken / "phones.csv").write_text("\n".join(lines) + "\n")
+    seed, result = next((s, r) for s in range(9) if "rare" in (r := probe(spoken, max_frames=12, seed=s)).not_drawn)
+    assert result.as_dict()["frames"]["classes_not_drawn"] == result.not_drawn
+    assert f"{len(result.not_drawn)} of 4 classes have training frames of which none was drawn" in result.probe.notes[0]
+    whole = probe(spoken, seed=seed)
+    assert whole.not_drawn == []
+    assert result.probe.samples.test == whole.probe.samples.test
+    assert result.scores["top1"].value < 1.0
 
 
 def test_labels_that_leave_nothing_to_learn(spoken):
@@ -296,6 +338,10 @@ def test_on_the_command_line(ask, spoken, tmp_path):
         code, _, err = ask(*words, *wrong)
         assert code == 2
         assert said in err
+    code, _, err = ask(*base, "--frames", "phones.csv")
+    assert code == 2
+    assert f"phones.csv does not exist; did you mean '{spoken / 'phones.csv'}'?" in err
+    assert ask(*words, "--max-frames", "2")[0] == 2
     code, _, err = ask(*base, "--max-frames", "10")
     assert code == 2
     assert "--max-frames is for --frames" in err

@@ -6,10 +6,10 @@ import pytest
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError
 from modalities.encoder import MODALITIES
+from tasks.features import check_disjoint
 from tasks.labels import (
     balanced_weights,
     blind_score,
-    check_disjoint,
     check_positive,
     file_targets,
     held_out,
@@ -163,7 +163,10 @@ def test_mistakes_in_labels_are_one_sentence(manifest, photos):
         file_targets(train, manifest("b", "horse|bird"), "tags", "|")
     with pytest.raises(UserError, match="has the label 'bird'"):
         more_targets(manifest("c", "bird"), ["cat", "dog"], train, "tags")
-    with pytest.raises(UserError, match="in both the training and the test set"):
+    with pytest.raises(
+        UserError,
+        match=r"in both the training and the test set; give two folders, or .* \(--train-split, --test-split\)",
+    ):
         file_targets(train, train, "tags", "|")
     with pytest.raises(UserError, match="are in the pantry"):
         check_disjoint(train, train, "the pantry")

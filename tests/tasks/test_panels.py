@@ -30,6 +30,32 @@ def test_tsne_is_reproducible_and_says_what_it_shows(vectors, tmp_path):
     assert not np.array_equal(drawn[0], drawn[2])
 
 
+def test_tsne_says_what_a_point_is_and_when_it_takes_long(vectors, tmp_path, monkeypatch, capsys):
+    table = pq.read_table(vectors)
+    moments = tmp_path / "moments.parquet"
+    pq.write_table(table.append_column("start", pa.array(np.arange(40.0))).slice(0, 36), moments)
+    panels = [tsne_panel(path, "label", 5000, 0)[0] for path in (vectors, moments)]
+    captions = [panel.blocks[0].lines[0].shots[0].caption for panel in panels]
+    assert captions == ["one point per file, coloured by label", "one point per row, coloured by label"]
+    assert "perplexity 11.7," in panels[1].note
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("tasks.panels_tsne.MANY", 39)
+    tsne_panel(vectors, "label", 5000, 0)
+    assert capsys.readouterr().err == "t-SNE of 40 vectors takes about a minute; --most draws fewer\n"
+
+
+def test_vectors_of_any_row_groups_are_the_same(vectors, tmp_path):
+    pq.write_table(pq.read_table(vectors), tmp_path / "parts.parquet", row_group_size=7)
+    for most in (5, 20, 40):
+        (whole, groups, _), (parts, same, _) = (
+            read_vectors(path, "label", most, 0) for path in (vectors, tmp_path / "parts.parquet")
+        )
+        assert np.array_equal(whole, parts)
+        assert groups == same
+        chosen = np.sort(np.random.default_rng(0).choice(40, most, replace=False)) if most < 40 else np.arange(40)
+        assert np.array_equal(whole, np.stack(pq.read_table(vectors)["vector"].to_numpy())[chosen])
+
+
 def test_groups_are_told_apart_by_colour_then_by_shape_and_the_rest_share_a_grey():
     from tasks.panels_tsne import HUES, OTHERS, UNLABELLED, _legend
 

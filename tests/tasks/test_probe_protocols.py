@@ -8,19 +8,25 @@ import io
 import json
 import signal
 import tempfile
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from media import write_sound
 from rich.console import Console
 from safetensors.torch import load_file
+from sound_encoders import RATE, recurrent, transformer
 
+from mmssl.data.listing import list_files
 from mmssl.engine.optim import LARS, param_groups
 from mmssl.engine.torch_engine import TorchEngine
 from mmssl.errors import Stopped, UnusableData, UserError
 from mmssl.heads.classifier import HeadConfig
 from mmssl.objectives.classify import Classify
 from mmssl.run import Run
+from modalities.encoder import MODALITIES
 from tasks.cli import main
 from tasks.linear_probe import linear_probe
 from tasks.per_layer import Layers, per_layer_probe
@@ -178,6 +184,23 @@ def test_mistakes_get_one_sentence(tiny_encoder, pictures, asked, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         probe(tiny_encoder(), pictures("train", 2), pictures("test", 2), **asked, overrides=overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_protocols_that_crop_pictures_refuse_sounds(name):
+    with pytest.raises(UserError, match=f"--protocol {name} trains on crops of pictures, and .* of modality audio"):
+        pin(name, recurrent(), ["a", "b"], 8)
+
+
+@pytest.mark.parametrize(("encoder", "normed"), [(recurrent, False), (transformer, True)])
+def test_a_final_norm_is_told_of_where_there_is_one(encoder, normed, tmp_path):
+    for split, label, i in product(("train", "test"), "ab", range(4)):
+        (tmp_path / split / label).mkdir(parents=True, exist_ok=True)
+        wave = np.random.default_rng([i, ord(label)]).normal(0, 0.1, RATE // 3).astype(np.float32)
+        write_sound(tmp_path / split / label / f"{i}.wav", wave, RATE, "FLOAT")
+    listings = [list_files(tmp_path / split, MODALITIES["audio"]) for split in ("train", "test")]
+    result = per_layer_probe(encoder(), *listings)
+    assert ("final norm" in rendered(result)) == normed
 
 
 def test_who_stops_a_probe_is_not_told_to_resume_it(tmp_path):

@@ -272,7 +272,8 @@ def _choose(source: Path, panel: str | None) -> tuple[Name, Run | None]:
         hint = f" {folder}" if (folder / "objective").is_dir() else ""
         raise UserError(f"{source} is an encoder without its objective, which reconstructs: give the run{hint}")
     if not reconstructs:
-        raise UserError(f"{source}: {run[0].objective.name} reconstructs nothing; give --panel pca or neighbours")
+        others = "attention or pca" if _attends(source) else "pca or neighbours"
+        raise UserError(f"{source}: {run[0].objective.name} reconstructs nothing; give --panel {others}")
     return chosen, run
 
 

@@ -218,5 +218,5 @@ def sentences(bar: Progressbar, limits: Limits, hooks: Hooks) -> Iterator[None]:
         micro = limits.batch_size // limits.accumulate
         raise MmsslError(
             f"out of memory on micro-batches of {micro} samples ({str(error).splitlines()[0]}); "
-            "lower train.batch_size or raise train.accumulate"
+            "raise train.accumulate or lower train.batch_size"
         ) from None

@@ -23,7 +23,7 @@ from mmssl.objectives.cpc import CPC
 from tasks.build import build_objective, load_recipe
 
 KERNELS, STRIDES = (10, 8, 4, 4, 4), (5, 4, 2, 2, 2)
-CHANNELS, UNITS, STEPS, SAMPLES, RATE = 512, 256, 12, 20480, 16000
+CHANNELS, UNITS, STEPS, SAMPLES, RATE, EDGE = 512, 256, 12, 20480, 16000, 2
 
 
 class ChannelNorm(nn.Module):
@@ -61,10 +61,11 @@ class PlainCPC(nn.Module):
         found = negatives(z)
         losses = []
         for k, predictor in enumerate(self.predictors, 1):
-            prediction, truth = predictor(c[:, :-k]), z[:, k:]
+            first = max(k, EDGE)  # tokens that see the zeros before the window are no truth
+            prediction, truth = predictor(c[:, first - k : -k]), z[:, first:]
             positive = torch.einsum("btd,btd->bt", prediction, truth).unsqueeze(-1)
             scores = torch.einsum("btd,bmd->btm", prediction, found.vectors)
-            place = found.own[:, None] + torch.arange(k, z.shape[1])
+            place = found.own[:, None] + torch.arange(first, z.shape[1])
             same = found.places[:, None, :] == place[:, :, None]
             spare = torch.zeros_like(same)
             spare[:, :, -1] = ~same.any(-1)
@@ -115,7 +116,8 @@ def measure(threads: int, batch_size: int, repeats: int) -> None:
     settings = recipe.objective.negatives  # type: ignore[attr-defined]
 
     def draw(z: Tensor) -> Candidates:
-        return draw_candidates(z.unsqueeze(1), torch.ones(batch_size, 1, z.shape[1]).bool(), batch["seed"], settings)
+        present = (torch.arange(z.shape[1]) >= EDGE).expand(batch_size, 1, -1)
+        return draw_candidates(z.unsqueeze(1), present, batch["seed"], settings)
 
     optimizers = adamw(param_groups(objective, 0.0), (0.9, 0.999), 1e-8), torch.optim.AdamW(plain.parameters(), 0.0)
     sides = {"ours": lambda: objective(batch).loss, "plain torch": lambda: plain(batch["signal"], draw)}

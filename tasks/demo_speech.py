@@ -65,8 +65,9 @@ DEMO = Demo(
     baselines,
     "sounds",
     "Scratch, random weights and statistics (mean and deviation of each mel bin or cepstrum over time) are the same "
-    "measurements without pre-training. Three people (one of them in two languages, each a label) and four synthetic voices "
-    "speak; the words are cut out of what the synthetic ones say, and test words come from other sentences, in the same voices.",
+    "measurements without pre-training. Three people (one of them in two languages, each a label) and four synthetic "
+    "voices speak; the words are cut out of what the synthetic ones say, and test words come from other sentences, in "
+    "the same voices.",
     shown,
     learner="contrastive predictive coding",
     task="by telling which of many moments comes next",

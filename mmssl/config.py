@@ -70,6 +70,23 @@ class BackboneConfig(Piece, ABC):
         """Make the module, freshly initialised."""
 
 
+class OrderedConfig(BackboneConfig):
+    """The settings of a backbone that reads tokens in their order, of any width."""
+
+    input_dim: Annotated[int, Field(gt=0)] | None = None
+    """Width of the tokens; null is ``dim``."""
+
+    @property
+    def reads(self) -> int:
+        """Width of the tokens."""
+        return self.input_dim or self.dim
+
+    @property
+    def causal(self) -> bool:
+        """No token sees a later one."""
+        return True
+
+
 class ObjectiveConfig(Piece, ABC):
     """The settings of one objective; ``name`` is its key in ``OBJECTIVES``."""
 

@@ -5,6 +5,7 @@ A signal holds the bytes of UTF-8 text, each 1 higher, as floats (which are exac
 Shape legend: B samples, S sentences, L bytes of a sentence, N tokens, E width of a byte's embedding, D of a token's.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
@@ -23,7 +24,7 @@ AT_ONCE = 64
 stay in the processor's cache (measured: up to 1.5 x faster), and a library of books in memory."""
 
 
-class _OfBytes(nn.Module):
+class _OfBytes(nn.Module, ABC):
     """What both have: embedded bytes, of which padding is 0, comes last and is recognised, and no positions."""
 
     placed = False
@@ -38,9 +39,9 @@ class _OfBytes(nn.Module):
         """Map values of a signal [...] to [..., E]; what is no byte to the nearest."""
         return cast(Tensor, self.bytes(values.long().clamp(0, VALUES - 1)))
 
+    @abstractmethod
     def patches(self, batch: Batch) -> Tensor:
         """Cut the ``signal`` of a batch into [B, N, P]."""
-        raise NotImplementedError
 
     def pad(self, batch: Batch) -> Tensor | None:
         """Return which tokens begin behind the text, bool [B, N]."""

@@ -14,19 +14,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmssl.backbones.blocks import MLP, drop_path, init_linear
-from mmssl.config import BackboneConfig
+from mmssl.config import OrderedConfig
 from mmssl.contracts import Grid, State
 
 
-class CausalConfig(BackboneConfig):
+class CausalConfig(OrderedConfig):
     """A causal Transformer's shape."""
 
     name: Literal["causal"] = "causal"
     dim: Annotated[int, Field(gt=0)] = 256
     depth: Annotated[int, Field(gt=0)] = 2
     num_heads: Annotated[int, Field(gt=0)] = 4
-    input_dim: Annotated[int, Field(gt=0)] | None = None
-    """Width of the tokens, mapped linearly to ``dim`` where it is another; null is ``dim``."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     """Hidden width of the MLP over ``dim``."""
     memory: Annotated[int, Field(gt=0)] | None = 256
@@ -39,16 +37,6 @@ class CausalConfig(BackboneConfig):
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"dim {self.dim} does not divide into num_heads {self.num_heads} of an even width")
         return self
-
-    @property
-    def reads(self) -> int:
-        """Width of the tokens."""
-        return self.input_dim or self.dim
-
-    @property
-    def causal(self) -> bool:
-        """It reads tokens in their order."""
-        return True
 
     def build(self) -> "CausalTransformer":
         """Make the module, freshly initialised."""

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmssl.config import BackboneConfig
+from mmssl.config import OrderedConfig
 from mmssl.contracts import Grid, State
 
 
-class GRUConfig(BackboneConfig):
+class GRUConfig(OrderedConfig):
     """A GRU's shape; CPC has one layer of 256 units over 512 channels (arXiv:1807.03748, section 3.1)."""
 
     name: Literal["gru"] = "gru"
@@ -21,18 +21,6 @@ class GRUConfig(BackboneConfig):
     """Units of the state."""
     depth: Annotated[int, Field(gt=0)] = 1
     """Layers, each over the outputs of the one before."""
-    input_dim: Annotated[int, Field(gt=0)] | None = None
-    """Width of the tokens; null is ``dim``."""
-
-    @property
-    def reads(self) -> int:
-        """Width of the tokens."""
-        return self.input_dim or self.dim
-
-    @property
-    def causal(self) -> bool:
-        """It reads tokens in their order."""
-        return True
 
     def build(self) -> "Recurrent":
         """Make the module, freshly initialised."""

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmssl.config import BackboneConfig
+from mmssl.config import OrderedConfig
 from mmssl.contracts import Grid
 
 
-class PixelCNNConfig(BackboneConfig):
+class PixelCNNConfig(OrderedConfig):
     """Shape of the context; CPC v2 has 5 blocks of 256 channels (Henaff et al., arXiv:1905.09272, appendix A)."""
 
     name: Literal["pixelcnn"] = "pixelcnn"
@@ -26,18 +26,6 @@ class PixelCNNConfig(BackboneConfig):
     """Blocks: each sees one row further up and one column further to either side."""
     hidden: Annotated[int, Field(gt=0)] | None = None
     """Channels within a block; null is ``dim``."""
-    input_dim: Annotated[int, Field(gt=0)] | None = None
-    """Width of the tokens; null is ``dim``."""
-
-    @property
-    def reads(self) -> int:
-        """Width of the tokens."""
-        return self.input_dim or self.dim
-
-    @property
-    def causal(self) -> bool:
-        """It reads rows in their order."""
-        return True
 
     def build(self) -> "PixelCNN":
         """Make the module, freshly initialised."""

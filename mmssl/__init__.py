@@ -6,6 +6,9 @@ The public API of all three packages, imported when it is first used:
 - ``pretrain(recipe, data, out)``, ``finetune(encoder, train, test, out)``: training; ``finetune_seeds`` does it with
   several seeds.
 - ``Classifier(path)``: what fine-tuning leaves behind, files in and class names out; ``predict`` does whole folders.
+- ``ZeroShotClassifier(run, classes)``: files in, names and scores out, of classes that nobody has trained on;
+  ``zero_shot`` measures one on labels, ``retrieve`` whether modalities find each other. ``JointEncoder`` is one tower,
+  ``Document`` a text to embed.
 - ``knn``, ``linear_probe``, ``probe`` (by protocol), ``embed``: frozen evaluation; ``list_files`` makes the listings.
 - ``frame_probe``: single moments of sounds (``SoundFrames``) by the labels that ``read_segments`` reads.
 - ``ContrastivePrediction``: the contrastive loss of steps ahead, for objectives of one's own.
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from mmssl.heads.prediction import ContrastivePrediction
     from modalities.classifier import Classifier
     from modalities.encoder import Encoder, load
+    from modalities.joint import JointEncoder
+    from modalities.text_read import Document
     from tasks.build import load_recipe
     from tasks.embed import embed
     from tasks.finetune import finetune, finetune_seeds
@@ -37,18 +42,24 @@ if TYPE_CHECKING:
     from tasks.probe_protocols import probe
     from tasks.propagate import propagate
     from tasks.propagate_source import propagate_source
+    from tasks.retrieve import retrieve
     from tasks.segment_labels import read_segments
     from tasks.show import show
+    from tasks.zero_shot import zero_shot
+    from tasks.zero_shot_classifier import ZeroShotClassifier
 
 _HOME = {
     "Classifier": "modalities.classifier",
     "ContrastivePrediction": "mmssl.heads.prediction",
+    "Document": "modalities.text_read",
     "Encoder": "modalities.encoder",
+    "JointEncoder": "modalities.joint",
     "Listing": "mmssl.data.listing",
     "MmsslError": "mmssl.errors",
     "SoundFrames": "tasks.frames",
     "UnusableData": "mmssl.errors",
     "UserError": "mmssl.errors",
+    "ZeroShotClassifier": "tasks.zero_shot_classifier",
     "embed": "tasks.embed",
     "finetune": "tasks.finetune",
     "finetune_seeds": "tasks.finetune",
@@ -64,18 +75,23 @@ _HOME = {
     "propagate": "tasks.propagate",
     "propagate_source": "tasks.propagate_source",
     "read_segments": "tasks.segment_labels",
+    "retrieve": "tasks.retrieve",
     "show": "tasks.show",
+    "zero_shot": "tasks.zero_shot",
 }
 
 __all__ = [
     "Classifier",
     "ContrastivePrediction",
+    "Document",
     "Encoder",
+    "JointEncoder",
     "Listing",
     "MmsslError",
     "SoundFrames",
     "UnusableData",
     "UserError",
+    "ZeroShotClassifier",
     "embed",
     "finetune",
     "finetune_seeds",
@@ -91,7 +107,9 @@ __all__ = [
     "propagate",
     "propagate_source",
     "read_segments",
+    "retrieve",
     "show",
+    "zero_shot",
 ]
 
 try:

@@ -103,6 +103,11 @@ class ObjectiveConfig(Piece, ABC):
         return 1
 
     @property
+    def several(self) -> bool:
+        """Whether it learns from several modalities at once, each with an encoder of its own."""
+        return False
+
+    @property
     def together(self) -> str | None:
         """The column of a manifest that has one value for all samples of a batch, if it must."""
         return None
@@ -259,6 +264,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values, but this holds a {type(data).__name__}")
     return data
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes plain values, and texts of several lines as blocks."""
+
+
+def _block(dumper: _Dumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _block)
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """Return a mapping as a YAML page that ``read_yaml`` reads again."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

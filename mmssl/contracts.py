@@ -18,6 +18,8 @@ Batch: TypeAlias = dict[str, Tensor]
 layers draw from; ``keep`` [B, K] and ``drop`` [B, M]: int64 mask indices; ``target``: int64 [B] class indices, or 0 and
 1 per class, float32 [B, classes]; ``length``: int64 [B], how much of the signal's last axis is no padding; ``past``: an
 earlier or wider look at the same file as ``signal``, of its shape.
+Of several modalities every key has its own in front, ``image.signal``; ``image.present``, bool [B], is then whether the
+sample has that modality, and where it has not, its values mean nothing.
 An objective uses the keys that it needs; a modality's views may add keys that its own tokenizer reads.
 """
 
@@ -36,8 +38,9 @@ Draw: TypeAlias = Callable[[np.random.Generator, Grid], dict[str, np.ndarray[Any
 
 It runs in the data worker, so it must be picklable, and every sample of a batch gets arrays of the same shapes."""
 
-Views: TypeAlias = Callable[[str, Sequence[np.random.Generator], Size], list[dict[str, Tensor]]]
-"""Reads a file once and makes one training sample per generator, drawing from that alone.
+Views: TypeAlias = Callable[[Any, Sequence[np.random.Generator], Size], list[dict[str, Tensor]]]
+"""Reads a file (a path), or those of several modalities, once and makes one training sample per generator, drawing from
+that alone.
 
 A sample is its ``signal``, float32 [C, *size], and perhaps further tensors, of one shape for all samples.
 
@@ -55,6 +58,10 @@ class Step(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+Pooling: TypeAlias = Literal["mean", "cls", "last"]
+"""How the tokens of a signal become one vector: their mean, the class token, or the last one that is no padding."""
+
+
 class Tokenizer(Protocol):
     """Cuts a signal into patches and embeds the ones that are asked for. An ``nn.Module``.
 
@@ -62,7 +69,8 @@ class Tokenizer(Protocol):
     ``extend`` are the grid's axes along which a longer signal is more of the same (time), not a finer one.
     ``overlaps``: an embedding sees more than its own patch, so that a masked one shows in its neighbours. ``placed``:
     it says where its patch is, which tells a patch from those of other places without a look at it. ``edge``: so many
-    of the first tokens see zeros that stand before the signal, and are known by that.
+    of the first tokens see zeros that stand before the signal, and are known by that. ``symbols``: the values are names
+    (bytes, words), between which there is no distance.
     """
 
     dim: int
@@ -74,6 +82,7 @@ class Tokenizer(Protocol):
     extend: tuple[int, ...]
     overlaps: bool
     placed: bool
+    symbols: bool
     edge: int
 
     def patches(self, batch: Batch) -> Tensor:
@@ -168,7 +177,7 @@ class EncoderModule(Protocol):
     modality: str
     dim: int
     num_prefix: int
-    pooling: Literal["mean", "cls"]
+    pooling: Pooling
     output: Literal["context", "latent"]
     """Whether it gives what the backbone made of patches or the embedded patches themselves."""
 
@@ -266,12 +275,22 @@ class Reconstructs(Objective, Protocol):
         ...
 
 
-@runtime_checkable
-class Classifies(Objective, Protocol):
-    """An objective that trains a classifier on its one encoder, to be kept beside it."""
+class Kept(NamedTuple):
+    """A head that is kept beside an encoder."""
 
-    def classifier(self) -> tuple[nn.Module, dict[str, Any]]:
-        """Return the head, and as JSON values its settings and the names of the classes."""
+    name: str
+    """What its files are called; the modalities know how to read it again."""
+    head: nn.Module
+    facts: dict[str, Any]
+    """What it is made from again, as JSON values."""
+
+
+@runtime_checkable
+class Keeps(Objective, Protocol):
+    """An objective that trains heads which are kept: a classifier, the way into a joint space."""
+
+    def kept(self) -> dict[str, Kept]:
+        """Return the head to be kept beside the encoder of each modality."""
         ...
 
 
@@ -349,7 +368,13 @@ class Modality(Media, Protocol):
         """Return the settings for one look at a file: what an encoder keeps of them."""
         ...
 
-    def views(self, signal: Any) -> Views:
+    def learn(self, paths: Sequence[str], signal: Any, tokenizer: Any) -> tuple[Any, list[str]]:
+        """Return the tokenizer's settings with what is learned from the files to be trained on (a vocabulary), and what
+        a person should know of it, in sentences.
+        """
+        ...
+
+    def views(self, signal: Any, tokenizer: Any = None) -> Views:
         """Return what reads a file and makes training signals of it."""
         ...
 

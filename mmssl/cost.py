@@ -5,7 +5,7 @@ real one does, so that its memory can be added up in seconds for models and batc
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmssl.backbones import positions
 from mmssl.backbones.blocks import attention_kernel
 from mmssl.contracts import Batch, Draw, Grid
+from mmssl.losses.contrastive import one_tile
 
 BYTES = 4
 """Weights, gradients and moments are fp32."""
@@ -42,13 +43,11 @@ class Cost:
         return 3 * self.gflop_forward
 
 
-def sample_batch(
-    shape: tuple[int, ...], draw: Draw | None, grid: Grid, device: str = "cpu", inputs: Sequence[str] = ("signal",)
-) -> Batch:
-    """Return a batch of one synthetic sample: its ``inputs`` [1, *shape] on ``device``, masks for the token grid."""
+def sample_batch(shapes: Mapping[str, tuple[int, ...]], draw: Draw | None, grid: Grid, device: str = "cpu") -> Batch:
+    """Return a batch of one synthetic sample: its inputs [1, *shape] on ``device``, masks for the token grid."""
     rng = np.random.default_rng(0)
     batch: Batch = {
-        **{name: torch.empty(1, *shape, device=device).normal_() for name in inputs},
+        **{name: torch.empty(1, *shape, device=device).normal_() for name, shape in shapes.items()},
         "index": torch.zeros(1, dtype=torch.int64),
         "seed": torch.zeros(1, dtype=torch.int64),
         "target": torch.zeros(1, dtype=torch.int64),
@@ -190,7 +189,7 @@ class _Step(nn.Module):
 def _fakes() -> Iterator[None]:
     # Tables that a model computes with numpy are real, and may be mixed in; those it caches must not stay fake.
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), one_tile():
             yield
     finally:
         positions.resized_sincos.cache_clear()

@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-import yaml
-
+from mmssl.config import dump_yaml
 from mmssl.errors import UserError
 from mmssl.files import replacing_file, to_json, write_json
 
@@ -42,7 +41,7 @@ class Run:
             raise UserError(f"{self.path} is not empty; {hint}")
         self.checkpoints.mkdir()
         with replacing_file(self.config_file) as aside:
-            aside.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            aside.write_text(dump_yaml(config), encoding="utf-8")
 
     def hold(self) -> None:
         """Keep other processes out of the folder for as long as this one lives; UserError where one is in it."""

@@ -96,7 +96,7 @@ class Audio(OneLook):
         """Return 0: there is one size."""
         return 0
 
-    def views(self, signal: AudioSignal) -> Views:
+    def views(self, signal: AudioSignal, tokenizer: AnyTokenizer | None = None) -> Views:
         """Return what reads a file and makes random pieces of it."""
         from modalities.audio_views import AudioViews
 

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmssl.config import validate
 from mmssl.errors import UserError
-from mmssl.files import save_tensors, write_json
 from mmssl.objectives.classify import Classify, ClassifyConfig
 from modalities.encoder import Encoder, encoder_folder, load
+from modalities.heads import has_head, read_head, write_head
 from modalities.views import in_groups, over_views
 
-FORMAT = 1
-WEIGHTS, FACTS = "classifier.safetensors", "classifier.json"
+NAME = "classifier"
 
 Prediction = dict[str, Any]
 """{"label": a class's name, "score": its probability}."""
@@ -33,19 +30,13 @@ class Classifier:
         """Load it, on the CPU, as ``mmssl.load`` does; raises UserError, one sentence, where there is no classifier."""
         folder = encoder_folder(Path(path))
         encoder = load(folder, signal)
-        if not (folder / WEIGHTS).is_file():
+        if not has_head(folder, NAME):
             raise UserError(
                 f"{path} holds an encoder without a classifier; fine-tune it first: "
                 f"mmssl finetune {path} --train LABELLED --test LABELLED"
             )
-        try:
-            stored = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-            tensors = load_file(folder / WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{folder}: not a readable classifier ({error})") from None
-        if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
-            raise UserError(f"{folder / FACTS}: not written in format {FORMAT}, which this mmssl reads")
-        config = validate(ClassifyConfig, {"name": "classify", **stored}, str(folder / FACTS))
+        stored, tensors = read_head(folder, NAME)
+        config = validate(ClassifyConfig, {"name": "classify", **stored}, str(folder / f"{NAME}.json"))
         try:
             objective = config.build({encoder.modality: encoder})
             objective.head.load_state_dict(tensors)
@@ -155,13 +146,14 @@ class Classifier:
 
 
 def save_classifier(folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a head's tensors and ``facts`` (see ``Classifies.classifier``) into an encoder folder."""
-    save_tensors(folder / WEIGHTS, tensors)
-    write_json(folder / FACTS, {"format": FORMAT, **facts})
-    with (folder / "README.md").open("a", encoding="utf-8") as card:
-        card.write(
-            f"\nIt also holds a classifier of {len(facts['classes'])} classes, `{WEIGHTS}` and `{FACTS}`: "
-            "`mmssl predict this/folder FILE...`, or\n\n"
-            '```python\nfrom mmssl import Classifier\nclassify = Classifier("this/folder")\n'
-            'classify("a-file")  # [{"label": ..., "score": ...}, ...], best first\n```\n'
-        )
+    """Write a head's tensors and ``facts`` (see ``Keeps.kept``) into an encoder folder."""
+    write_head(
+        folder,
+        NAME,
+        facts,
+        tensors,
+        f"a classifier of {len(facts['classes'])} classes",
+        "`mmssl predict this/folder FILE...`, or\n\n"
+        '```python\nfrom mmssl import Classifier\nclassify = Classifier("this/folder")\n'
+        'classify("a-file")  # [{"label": ..., "score": ...}, ...], best first\n```',
+    )

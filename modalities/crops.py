@@ -22,7 +22,7 @@ class Crops(nn.Module):
 
     mean: Tensor
     std: Tensor
-    overlaps, placed, edge = True, False, 0
+    overlaps, placed, symbols, edge = True, False, False, 0
     extend: tuple[int, ...] = ()
     channels = 3
 

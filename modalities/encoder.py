@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from mmssl.backbones import BACKBONES
 from mmssl.backbones.vit import ViTConfig
 from mmssl.config import BackboneConfig, Piece, one_of, override, validate
-from mmssl.contracts import Backbone, Batch, Grid, Modality, State, Streams, StreamsSignal, Tokenizer, Widens
+from mmssl.contracts import Backbone, Batch, Grid, Modality, Pooling, State, Streams, StreamsSignal, Tokenizer, Widens
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UnusableData, UserError, nearest, sibling
 from mmssl.files import replacing_folder, save_tensors, write_json
-from mmssl.heads.classifier import mean_pool
+from mmssl.heads.classifier import pooled
 from modalities.audio import Audio
 from modalities.image import Image
 from modalities.text import Text
@@ -49,8 +49,9 @@ class ModelConfig(Piece):
     output: Literal["context", "latent"] = "context"
     """What the encoder gives for a token: what the backbone made of it, or the embedded patch itself, as for pictures
     in CPC, whose backbone (the context, of the rows above alone) is then needed in pre-training only."""
-    pool: Literal["mean", "cls"] = "mean"
-    """One vector per signal: the mean of its tokens, or the class token."""
+    pool: Pooling = "mean"
+    """One vector per signal: the mean of its tokens, the class token, or the last token that is no padding (the end of
+    a text)."""
 
     @property
     def blocks(self) -> int:
@@ -101,7 +102,7 @@ class Encoder(nn.Module):
         config = config.model_copy(update={"signal": kind.alone(config.signal)})
         self.config, self.kind = config, kind
         self.modality = config.modality
-        self.pooling: Literal["mean", "cls"] = model.pool
+        self.pooling: Pooling = model.pool
         self.output: Literal["context", "latent"] = model.output
         self.backbone: Backbone = settings.build()
         self.dim = settings.dim if model.output == "context" else settings.reads
@@ -185,11 +186,8 @@ class Encoder(nn.Module):
         return torch.cat([self.cls_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens], dim=1)
 
     def pool(self, latent: Tensor, pad: Tensor | None = None) -> Tensor:
-        """Pool [B, num_prefix + N, dim] to [B, dim]: the mean of the patch tokens, or the class token.
-
-        Where ``pad`` [B, N] is True, a token is left out of the mean.
-        """
-        return latent[:, 0] if self.pooling == "cls" else mean_pool(latent[:, self.num_prefix :], pad)
+        """Pool [B, num_prefix + N, dim] to [B, dim]; tokens where ``pad`` [B, N] is True do not count."""
+        return pooled(latent, self.num_prefix, self.pooling, pad)
 
     @torch.no_grad()
     def features(self, signal: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class Image(OneLook):
         """Return the settings of one picture, whole: what is done to patches is for pre-training."""
         return signal.model_copy(update={"look": None, "patch_augment": PatchAugment()})
 
-    def views(self, signal: ImageSignal) -> Views:
+    def views(self, signal: ImageSignal, tokenizer: AnyTokenizer | None = None) -> Views:
         """Return what reads a picture, or a video, and makes random resized crops and flips of it."""
         if signal.patch_augment.active:
             plain = signal.model_copy(update={"patch_augment": PatchAugment()})

@@ -1,5 +1,6 @@
 """What a training sample is made of: one picture, a frame of a video, or two looks of which one is to be predicted."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, field_validator
@@ -92,6 +93,10 @@ class OneLook:
     def alone(self, signal: Any) -> Any:
         """Return the settings as they are."""
         return signal
+
+    def learn(self, paths: Sequence[str], signal: Any, tokenizer: Any) -> tuple[Any, list[str]]:
+        """Return the settings as they are: nothing is learned from the files before training."""
+        return tokenizer, []
 
     def example(self: Modality, path: str, signal: Any, tokenizer: Any) -> dict[str, Tensor]:
         """Return a file's evaluation signal, [C, *size] or several views of it; raises BrokenFile."""

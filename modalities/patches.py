@@ -31,7 +31,7 @@ class PatchTokenizer(nn.Module):
     """
 
     eps: Tensor
-    overlaps, placed, edge = False, True, 0
+    overlaps, placed, symbols, edge = False, True, False, 0
 
     def __init__(
         self,

@@ -1,93 +1,40 @@
-"""Texts: decode UTF-8, take passages of whole sentences or of bytes, pictures of them.
+"""Texts: decode UTF-8, take passages of whole sentences or of bytes, or the tokens at the beginning, pictures of them.
 
-Shapes: a signal is float32 [1, sentences, bytes of a sentence] or [1, bytes], as the tokenizer asks for; its values are
-those of ``modalities/text_tokens.py``.
+Shapes: a signal is float32 [1, sentences, bytes of a sentence], [1, bytes] or [1, context], as the tokenizer asks for;
+its values are those of ``modalities/text_tokens.py``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Annotated, Any, Literal, TypeAlias
+from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from PIL import ImageDraw, ImageFont
-from pydantic import Field, field_validator
 from torch import Tensor
 
-from mmssl.backbones.conv import Norm
 from mmssl.config import Piece
 from mmssl.contracts import Grid, Size, Views
 from mmssl.data.guard import BrokenFile, guarded
 from modalities.looks import OneLook
+from modalities.text_bpe import coder, learn_merges, read_merges
 from modalities.text_read import LONGEST_CHARACTER, Document, Lines, boundary, bounded, excerpts, read, sentences
-from modalities.text_tokens import VALUES, Bytes, Sentences
+from modalities.text_settings import AnyTokenizer, BPETokenizer, ByteTokenizer, SentenceTokenizer, TextSignal
+from modalities.text_tokens import VALUES, Bytes, Sentences, Subwords
 
 LEAST_READ, READ_AHEAD = 2**16, 4
 """Training: what is read of a longer file, in bytes, and in passages if that is more: the first sentence of a passage
 is then any in there, so that few begin where the reading did, within one."""
 LINE, LINE_HEIGHT, MARGIN = 64, 14, 3
 """Pictures: bytes in a line where there are no sentences, and pixels."""
-
-Above0 = Annotated[int, Field(gt=0)]
-
-
-class TextSignal(Piece):
-    """How a decoded text becomes a signal."""
-
-    sentences: Above0 = 32
-    """Tokenizer sentences: how many make a passage in training; evaluation cuts a text of more into passages, whose
-    results are averaged."""
-    length: Annotated[int, Field(ge=LONGEST_CHARACTER)] = 160
-    """Tokenizer sentences: bytes of a sentence; of a longer one several are made."""
-    bytes: Above0 = 1024
-    """Tokenizer bytes: how many make a passage, in training and evaluation as ``sentences``."""
-    lines: Lines = "end"
-    """Tokenizer sentences. end: the end of a line ends a sentence too. wrapped: lines are broken anywhere, and an empty
-    line ends a sentence."""
-
-
-class SentenceTokenizer(Piece):
-    """How a sentence becomes a token: one convolution over its bytes, ReLU, mean (arXiv:1807.03748, section 3.3)."""
-
-    name: Literal["sentences"] = "sentences"
-    embed_dim: Above0 = 32
-    """Width of a byte's embedding; the paper embeds words."""
-    kernel: Above0 = 7
-    """Bytes that the convolution looks at, an odd number: about a word."""
-
-    @field_validator("kernel")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError(f"kernel must be odd, to have as many bytes on either side, but got {value}")
-        return value
-
-
-class ByteTokenizer(Piece):
-    """How bytes become tokens: strided causal convolutions, as those over waveforms."""
-
-    name: Literal["bytes"] = "bytes"
-    embed_dim: Above0 = 32
-    """Width of a byte's embedding."""
-    kernels: tuple[Above0, ...] = (8, 4)
-    """Bytes, then outputs of the layer before, that each layer looks at."""
-    strides: tuple[Above0, ...] = (4, 2)
-    """Their product is the bytes per token."""
-    norm: Norm = "channel"
-    """channel: over the channels of each moment by itself; or none."""
-
-    @property
-    def hop(self) -> int:
-        """Bytes per token."""
-        return math.prod(self.strides)
-
-
-AnyTokenizer: TypeAlias = SentenceTokenizer | ByteTokenizer
+AT_ONCE = 4096
+"""Texts that are split into tokens at a time where a vocabulary is learned: enough for all cores."""
 
 
 class Text(OneLook):
@@ -99,10 +46,13 @@ class Text(OneLook):
     extent_words: tuple[str, ...] = ("characters", "sentences")
     suffixes = frozenset({".txt"})
     signal_type = TextSignal
-    tokenizer_types: tuple[type[Piece], ...] = (SentenceTokenizer, ByteTokenizer)
+    tokenizer_types: tuple[type[Piece], ...] = (SentenceTokenizer, ByteTokenizer, BPETokenizer)
 
     def decode(self, path: str) -> Document:
-        """Return a whole text; raises BrokenFile for what is empty, no UTF-8 text or absurdly large."""
+        """Return a whole text, of a file or of the path itself; raises BrokenFile.
+
+        That is for what is empty, no UTF-8 text or absurdly large.
+        """
         return guarded(read, path, timeout=None)
 
     def inspect(self, path: str) -> tuple[int, int]:
@@ -114,8 +64,37 @@ class Text(OneLook):
         """Raise BrokenFile: bytes are not normalised, so there is nothing to measure."""
         raise BrokenFile("texts are not normalised: modality text has no signal.mean and std")
 
+    def learn(
+        self, paths: Sequence[str], signal: TextSignal, tokenizer: AnyTokenizer
+    ) -> tuple[AnyTokenizer, list[str]]:
+        """Return the settings with a vocabulary, and how many of the texts are longer than the context, if any.
+
+        Merges are read where ``vocabulary`` says, or learned from the texts, if there are none. Files that are broken
+        are left out. Raises UserError for a vocabulary that cannot be read or has too many tokens.
+        """
+        if not isinstance(tokenizer, BPETokenizer):
+            return tokenizer, []
+        merges = tokenizer.merges
+        if merges is None and tokenizer.vocabulary is not None:
+            merges = read_merges(tokenizer.vocabulary, tokenizer.vocab_size)
+        if merges is None:
+            merges = learn_merges(self._texts(paths), tokenizer.vocab_size)
+        total, cut, texts = 0, 0, self._texts(paths)
+        while some := [*islice(texts, AT_ONCE)]:
+            total += len(some)
+            cut += coder(merges).too_long(some, signal.context)
+        words = f"{cut:,} of {total:,} texts are longer than signal.context {signal.context} tokens and are cut"
+        return tokenizer.model_copy(update={"merges": merges}), [words] if cut else []
+
+    def _texts(self, paths: Sequence[str]) -> Iterator[str]:
+        for path in paths:
+            with suppress(BrokenFile):
+                yield self.decode(path).text
+
     def sizes(self, signal: TextSignal, tokenizer: AnyTokenizer) -> tuple[Size]:
-        """Return the one size of training signals: (sentences, bytes of each), or bytes of whole tokens."""
+        """Return the one size of training signals: (sentences, bytes of each), bytes of whole tokens, or tokens."""
+        if isinstance(tokenizer, BPETokenizer):
+            return ((signal.context,),)
         if isinstance(tokenizer, ByteTokenizer):
             return ((signal.bytes // tokenizer.hop * tokenizer.hop,),)
         return ((signal.sentences, signal.length),)
@@ -124,19 +103,29 @@ class Text(OneLook):
         """Return 0: there is one size."""
         return 0
 
-    def views(self, signal: TextSignal) -> Views:
-        """Return what reads a file and takes random passages of it."""
+    def views(self, signal: TextSignal, tokenizer: AnyTokenizer | None = None) -> Views:
+        """Return what reads a file and takes random passages of it, or for BPE its beginning, nothing drawn.
+
+        Raises ValueError where a vocabulary is still to be learned.
+        """
+        if isinstance(tokenizer, BPETokenizer):
+            return _Beginnings(_TokenTransform(signal.context, tokenizer.known()))
         return TextViews(signal.lines)
 
     def eval_transform(self, signal: TextSignal, tokenizer: AnyTokenizer) -> Callable[[Document], Tensor]:
         """Return what makes of a decoded text one passage [1, *size], or several [V, 1, *size] that follow each other.
 
         Where passages differ in length, which is by one sentence or by less than a token, zeros fill the shorter ones.
+        For BPE it is the tokens at the beginning. Raises ValueError where a vocabulary is still to be learned.
         """
+        if isinstance(tokenizer, BPETokenizer):
+            return _TokenTransform(signal.context, tokenizer.known())
         return _EvalTransform(signal, tokenizer)
 
-    def tokenizer(self, signal: TextSignal, tokenizer: AnyTokenizer, dim: int) -> Sentences | Bytes:
+    def tokenizer(self, signal: TextSignal, tokenizer: AnyTokenizer, dim: int) -> Sentences | Bytes | Subwords:
         """Return a tokenizer of ``dim`` channels; raises ValueError where no token fits."""
+        if isinstance(tokenizer, BPETokenizer):
+            return Subwords(signal.context, tokenizer.vocab_size, dim, tokenizer.positions, tokenizer.merges)
         if isinstance(tokenizer, SentenceTokenizer):
             return Sentences(signal.sentences, signal.length, dim, tokenizer.embed_dim, tokenizer.kernel)
         ((count,),) = self.sizes(signal, tokenizer)
@@ -145,7 +134,7 @@ class Text(OneLook):
         return Bytes(count, dim, tokenizer.embed_dim, tokenizer.kernels, tokenizer.strides, tokenizer.norm)
 
     def picture(self, x: Tensor, signal: TextSignal) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Write a signal [1, *size] in black on white, a sentence or ``LINE`` bytes in a line: uint8 [h, w, 3].
+        """Write what was cut in black on white, uint8 [h, w, 3]: a sentence, a token or ``LINE`` bytes in a line.
 
         Characters that a small Latin font does not have are question marks.
         """
@@ -159,7 +148,7 @@ class Text(OneLook):
         return np.asarray(page)
 
     def lattice(self, values: np.ndarray[Any, Any], grid: Grid) -> np.ndarray[Any, Any]:
-        """Arrange values of tokens [N, ...] from top to bottom: [N, 1, ...], a sentence where its line is.
+        """Arrange values of tokens [N, ...] from top to bottom: [N, 1, ...], those of a line where it is.
 
         Tokens of bytes share lines, so theirs are on or beside the line that they are of.
         """
@@ -195,13 +184,35 @@ class TextViews:
 
 
 @dataclass(frozen=True)
-class _EvalTransform:
-    signal: TextSignal
-    tokenizer: AnyTokenizer
+class _TokenTransform:
+    context: int
+    merges: str
 
     def __call__(self, document: Document) -> Tensor:
-        if not isinstance(document, Document):
-            raise TypeError(f"a path, a decoded text or a float tensor is needed, but got {type(document).__name__}")
+        found = coder(self.merges).encode(_document(document).text, self.context)
+        signal = torch.zeros(1, self.context)
+        signal[0, : len(found)] = torch.tensor(found) + 1
+        return signal
+
+
+@dataclass(frozen=True)
+class _Beginnings:
+    """Opens a text once and gives each generator its first tokens, float32 [1, context]; raises BrokenFile."""
+
+    transform: _TokenTransform
+
+    def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[dict[str, Tensor]]:
+        signal = guarded(lambda name: self.transform(read(name)), path, timeout=None)
+        return [{"signal": signal} for _ in rngs]
+
+
+@dataclass(frozen=True)
+class _EvalTransform:
+    signal: TextSignal
+    tokenizer: SentenceTokenizer | ByteTokenizer
+
+    def __call__(self, document: Document) -> Tensor:
+        document = _document(document)
         views = self._bytes(document) if isinstance(self.tokenizer, ByteTokenizer) else self._sentences(document)
         return views if len(views) > 1 else views[0]
 
@@ -222,6 +233,12 @@ class _EvalTransform:
         passages = [data[start:stop] for start, stop in pairwise(places) if stop > start]
         tokens = -(-max(map(len, passages)) // hop)
         return _filled(passages, (len(passages), tokens * hop)).unsqueeze(1)
+
+
+def _document(item: Any) -> Document:
+    if not isinstance(item, Document):
+        raise TypeError(f"a path, a decoded text or a float tensor is needed, but got {type(item).__name__}")
+    return item
 
 
 def _start(rng: np.random.Generator, there: int, wanted: int) -> int:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from mmssl.data import inline
 from mmssl.data.guard import BrokenFile
 
 MAX_BYTES = 2**26
@@ -42,7 +43,9 @@ class Document:
 
 
 def read(path: str) -> Document:
-    """Return a whole text; raises BrokenFile, or what ``guarded`` makes one of."""
+    """Return a whole text, of a file or of the path itself; raises BrokenFile, or what ``guarded`` makes one of."""
+    if path.startswith(inline.PREFIX):
+        return _inline(path)
     with Path(path).open("rb") as file:
         if _size(file) > MAX_BYTES:
             raise BrokenFile(f"absurdly large to be read as a whole: more than {MAX_BYTES // 10**6} MB of text")
@@ -54,6 +57,8 @@ def excerpts(path: str, rngs: Sequence[np.random.Generator], most: int) -> list[
 
     Only the parts are read, so what is wrong elsewhere is not found.
     """
+    if path.startswith(inline.PREFIX):
+        return [_inline(path)] * len(rngs)
     with Path(path).open("rb") as file:
         size = _size(file)
         if size <= most:
@@ -108,6 +113,19 @@ def _continues(byte: int) -> bool:
 
 def _size(file: BufferedReader) -> int:
     return os.fstat(file.fileno()).st_size
+
+
+def _inline(path: str) -> Document:
+    """Return the text that a path is. Its faults are found here: nobody can look for them in a file."""
+    try:
+        data = (inline.text(path) or "").encode()
+    except UnicodeEncodeError as error:
+        raise BrokenFile(f"not a text: half a character (a lone surrogate) at {error.start}") from None
+    except UnicodeDecodeError as error:
+        raise BrokenFile(f"not UTF-8 text: byte 0x{error.object[error.start]:02x} at {error.start}") from None
+    if not data:
+        raise BrokenFile("empty text")
+    return _decoded(data, 0, last=True)
 
 
 def _decoded(data: bytes, start: int, last: bool) -> Document:

@@ -1,6 +1,7 @@
-"""Tokenizers of texts: sentence by sentence, or a token every few bytes.
+"""Tokenizers of texts: sentence by sentence, a token every few bytes, or words and parts of words.
 
-A signal holds the bytes of UTF-8 text, each 1 higher, as floats (which are exact), and 0 where there is no more text.
+A signal holds the bytes of UTF-8 text, or the numbers of a vocabulary's tokens, each 1 higher, as floats (which are
+exact), and 0 where there is no more text.
 
 Shape legend: B samples, S sentences, L bytes of a sentence, N tokens, E width of a byte's embedding, D of a token's.
 """
@@ -14,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.backbones.conv import Norm, StridedConvs
+from mmssl.backbones.positions import PositionKind, Positions
 from mmssl.contracts import Batch, Grid, Size, State
 from mmssl.masking import gather
+from modalities.text_bpe import coder
 
 VALUES = 257
 """Padding, and 256 bytes."""
@@ -27,7 +30,7 @@ stay in the processor's cache (measured: up to 1.5 x faster), and a library of b
 class _OfBytes(nn.Module, ABC):
     """What both have: embedded bytes, of which padding is 0, comes last and is recognised, and no positions."""
 
-    placed = False
+    placed, symbols = False, True
     extend: tuple[int, ...] = (0,)
     channels = 1
 
@@ -151,3 +154,82 @@ class Bytes(_OfBytes):
     def unpatch(self, patches: Tensor, grid: Grid | None = None) -> Tensor:
         """Invert ``patches`` exactly: [B, N, hop] -> [B, 1, bytes]."""
         return patches.flatten(1).unsqueeze(1)
+
+
+class Subwords(nn.Module):
+    """Embeds the tokens of a vocabulary, with positions, initialised as CLIP's.
+
+    A patch is a token's number, the signal [B, 1, N]. ``merges`` are needed to spell it. Implements ``Tokenizer``.
+    """
+
+    overlaps, placed, symbols, edge = False, True, True, 0
+    extend: tuple[int, ...] = (0,)
+    channels = patch_dim = 1
+    patch_size: Size = (1,)
+
+    def __init__(
+        self, context: int, vocab_size: int, dim: int, positions: PositionKind = "learned", merges: str | None = None
+    ) -> None:
+        super().__init__()
+        self.dim, self.merges = dim, merges
+        self.widens = float(dim)
+        self.size: Size = (context,)
+        self.grid: Grid = (context,)
+        self.words = nn.Embedding(vocab_size, dim)
+        nn.init.normal_(self.words.weight, std=0.02)
+        self.positions = Positions(self.grid, dim, positions, self.extend)
+        if positions == "learned":
+            nn.init.normal_(self.positions.table, std=0.01)
+
+    def learned_on(self, grid: Grid) -> None:
+        """Take the positions of another grid, from which those of its own are interpolated as any other's."""
+        if grid != self.positions.grid:
+            self.positions = Positions(grid, self.dim, self.positions.kind, self.extend)
+
+    def grid_of(self, size: Size) -> Grid:
+        """Return the number of tokens of [B, 1, N]; raises ValueError for what is no sequence."""
+        if len(size) != 1 or size[0] < 1:
+            raise ValueError(f"a sequence of tokens is needed, [N], not {list(size)}")
+        return (size[0],)
+
+    def patches(self, batch: Batch) -> Tensor:
+        """Turn the ``signal`` [B, 1, N] of a batch into [B, N, 1]."""
+        self.grid_of(batch["signal"].shape[2:])
+        return batch["signal"].transpose(1, 2)
+
+    def pad(self, batch: Batch) -> Tensor | None:
+        """Return which tokens are behind the end of text, bool [B, N]."""
+        return batch["signal"][:, 0] == 0
+
+    def embed(self, patches: Tensor, index: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """Embed the tokens [B, N, 1] at ``index`` [B, K], and only those, with their positions: [B, K, D]."""
+        positions = self.positions(self.grid if grid is None else grid)
+        if index is None:
+            return cast(Tensor, self.words(self._numbers(patches)) + positions)
+        return cast(Tensor, self.words(self._numbers(gather(patches, index))) + gather(positions, index))
+
+    def _numbers(self, patches: Tensor) -> Tensor:
+        # Padding is embedded as any token, for nobody looks at it.
+        return (patches[..., 0].long() - 1).clamp(0, self.words.num_embeddings - 1)
+
+    def target(self, patches: Tensor) -> Tensor:
+        """Return the numbers as they are."""
+        return patches
+
+    def untarget(self, prediction: Tensor, patches: Tensor) -> Tensor:
+        """Return the numbers as they are."""
+        return prediction
+
+    def unpatch(self, patches: Tensor, grid: Grid | None = None) -> Tensor:
+        """Spell the tokens [B, N, 1] as ``Sentences`` has sentences: a row of bytes for each, [B, 1, N, L].
+
+        A space stands where a token ends a word. Raises ValueError where the vocabulary is still to be learned.
+        """
+        if self.merges is None:
+            raise ValueError("tokens cannot be spelt: the vocabulary is learned when training starts")
+        known = coder(self.merges)
+        numbers = patches[..., 0].round().long().flatten().tolist()
+        spelt = [known.spelling(number - 1) if 0 < number <= len(known.tokens) else b"" for number in numbers]
+        longest = max(1, *map(len, spelt))
+        rows = [[byte + 1 for byte in row] + [0] * (longest - len(row)) for row in spelt]
+        return torch.tensor(rows, dtype=patches.dtype, device=patches.device).reshape(len(patches), 1, -1, longest)

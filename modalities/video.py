@@ -142,7 +142,7 @@ class Video(OneLook):
         """Return 0: all clips have one size."""
         return 0
 
-    def views(self, signal: VideoSignal) -> Views:
+    def views(self, signal: VideoSignal, tokenizer: VideoTokenizer | None = None) -> Views:
         """Return what reads a video once and makes random clips of it."""
         # Only training needs torchvision, whose import takes seconds; the data workers inherit it.
         from modalities.video_views import VideoViews

@@ -17,7 +17,7 @@ class Waves(nn.Module):
     before the beginning. Implements ``Tokenizer`` and ``StreamsSignal``.
     """
 
-    overlaps, placed = True, False
+    overlaps, placed, symbols = True, False, False
     extend: tuple[int, ...] = (0,)
     channels = 1
 

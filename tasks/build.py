@@ -1,13 +1,13 @@
 """From a recipe to a run's parts: the root configuration, the objective and the engine."""
 
 import os
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, TypeVar
 
 import torch
-import yaml
-from pydantic import SerializeAsAny
+from pydantic import SerializeAsAny, create_model
 from torch import nn
 
 from mmssl.backbones import BACKBONES
@@ -16,7 +16,9 @@ from mmssl.config import (
     DataConfig,
     ObjectiveConfig,
     OptimConfig,
+    Piece,
     TrainConfig,
+    dump_yaml,
     override,
     read_yaml,
     validate,
@@ -34,7 +36,7 @@ from modalities.encoder import MODALITIES, Encoder, EncoderConfig, typed
 RECIPES = Path(__file__).parent / "recipes"
 
 
-class Recipe(EncoderConfig):
+class Recipe(Piece, ABC):
     """Everything that decides what a run computes, and how it is run."""
 
     objective: SerializeAsAny[ObjectiveConfig]
@@ -42,6 +44,15 @@ class Recipe(EncoderConfig):
     train: TrainConfig
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    @abstractmethod
+    def encoders(self) -> dict[str, EncoderConfig]:
+        """What its encoders are made from, by modality."""
+
+    @abstractmethod
+    def with_tokenizer(self, name: str, tokenizer: Piece) -> Self:
+        """Return the recipe with other settings of the tokenizer of a modality."""
 
     def epoch(self, files: int) -> int:
         """Return how many samples one pass over ``files`` files has."""
@@ -57,7 +68,52 @@ class Recipe(EncoderConfig):
 
     def as_yaml(self) -> str:
         """Return the fully resolved recipe as a YAML page."""
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.as_dict())
+
+
+class EncoderRecipe(Recipe, EncoderConfig):
+    """A recipe of one modality, whose encoder's settings stand at its top."""
+
+    @property
+    def encoders(self) -> dict[str, EncoderConfig]:
+        """What its one encoder is made from, by its modality."""
+        return {self.modality: self}
+
+    def with_tokenizer(self, name: str, tokenizer: Piece) -> Self:
+        """Return the recipe with other settings of its tokenizer."""
+        return with_tokenizer(self, tokenizer)
+
+
+class Tower(EncoderConfig):
+    """One of several encoders."""
+
+    init_from: str | None = None
+    """Start it from the weights of a run or an encoder folder of its modality, whatever that was trained for."""
+
+
+class TowersRecipe(Recipe):
+    """A recipe of several modalities, each with an encoder."""
+
+    towers: SerializeAsAny[Piece]
+    """``Tower`` settings by modality; the order counts."""
+
+    @property
+    def encoders(self) -> dict[str, EncoderConfig]:
+        """What its encoders are made from, by modality."""
+        return {name: getattr(self.towers, name) for name in type(self.towers).model_fields}
+
+    def with_tokenizer(self, name: str, tokenizer: Piece) -> Self:
+        """Return the recipe with other settings of a tower's tokenizer."""
+        tower = with_tokenizer(self.encoders[name], tokenizer)
+        return self.model_copy(update={"towers": self.towers.model_copy(update={name: tower})})
+
+
+E = TypeVar("E", bound=EncoderConfig)
+
+
+def with_tokenizer(config: E, tokenizer: Piece) -> E:
+    """Return an encoder's settings with others of its tokenizer."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"tokenizer": tokenizer})})
 
 
 def recipe_names() -> dict[str, Path]:
@@ -88,36 +144,72 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def kinds(page: Mapping[str, Any]) -> dict[str, str]:
     """Return the sections of a recipe that are of one of several kinds, and which kind they are without a name."""
-    found = {"objective": "", "model.backbone": str(BACKBONES[0].model_fields["name"].default)}
-    modality = MODALITIES.get(str(page.get("modality")))
-    if modality is not None and len(modality.tokenizer_types) > 1:
-        found["model.tokenizer"] = str(modality.tokenizer_types[0].model_fields["name"].default)
+    found = {"objective": ""}
+    towers = page.get("towers")
+    where = {str(page.get("modality")): ""}
+    if isinstance(towers, Mapping):
+        where = {str(name): f"towers.{name}." for name in towers}
+    for name, prefix in where.items():
+        found[f"{prefix}model.backbone"] = str(BACKBONES[0].model_fields["name"].default)
+        modality = MODALITIES.get(name)
+        if modality is not None and len(modality.tokenizer_types) > 1:
+            found[f"{prefix}model.tokenizer"] = str(modality.tokenizer_types[0].model_fields["name"].default)
     return found
 
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     """Validate a recipe given as plain values; ``where`` names it in errors."""
-    if "modality" not in data:
-        raise UserError(f"{where}: 'modality' is missing; valid: {', '.join(MODALITIES)}")
     objective = data.get("objective")
     name = objective.get("name") if isinstance(objective, Mapping) else None
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise UserError(f"{where}: objective.name '{name}' is not an objective{nearest(str(name), OBJECTIVES)}")
-    return validate(typed(Recipe, data["modality"], where, objective=(OBJECTIVES[name], ...)), data, where)
+    kind = OBJECTIVES[name]
+    if "towers" in data:
+        recipe: Recipe = validate(_typed_towers(data, kind, where), data, where)
+    elif "modality" in data:
+        recipe = validate(typed(EncoderRecipe, data["modality"], where, objective=(kind, ...)), data, where)
+    else:
+        raise UserError(f"{where}: 'modality' is missing; valid: {', '.join(MODALITIES)}")
+    if recipe.objective.several != isinstance(recipe, TowersRecipe):
+        needs = "several modalities, under 'towers'" if recipe.objective.several else "one modality, and no 'towers'"
+        raise UserError(f"{where}: objective.name '{name}' learns from {needs}")
+    return recipe
+
+
+def _typed_towers(data: Mapping[str, Any], objective: type[ObjectiveConfig], where: str) -> type[TowersRecipe]:
+    towers = data["towers"]
+    if not isinstance(towers, Mapping) or len(towers) < 2:
+        raise UserError(f"{where}: 'towers' needs two or more of {', '.join(MODALITIES)}, each with its settings")
+    if "modality" in data:
+        raise UserError(f"{where}: 'modality' is for one encoder, and 'towers' for several: leave one of them out")
+    sections: dict[str, Any] = {}
+    for name in towers:
+        tower = typed(Tower, name, f"{where}: towers")
+        named: Any = (Literal[name], name)
+        sections[name] = (create_model("Tower", __base__=tower, modality=named), ...)
+    section = create_model("Towers", __base__=Piece, **sections)
+    return create_model("TowersRecipe", __base__=TowersRecipe, towers=(section, ...), objective=(objective, ...))
 
 
 def build_objective(recipe: Recipe) -> nn.Module:
     """Make the objective, initialised from ``train.seed`` alone; ``tasks.initial`` copies others into it."""
     torch.manual_seed(recipe.train.seed)
     try:
-        objective = recipe.objective.build({recipe.modality: Encoder(recipe)})
+        encoders = {name: Encoder(config) for name, config in recipe.encoders.items()}
+        objective = recipe.objective.build(encoders)
     except ValueError as error:  # settings that are each valid but do not go together
         raise UserError(str(error)) from None
-    given = MODALITIES[recipe.modality].inputs(recipe.signal)
+    alone = len(encoders) == 1
+    given = [
+        key if alone else f"{name}.{key}"
+        for name, config in recipe.encoders.items()
+        for key in MODALITIES[name].inputs(config.signal)
+    ]
     if set(objective.inputs) != set(given):
         raise UserError(
             f"objective.name '{recipe.objective.name}' learns from {' and '.join(objective.inputs)}, but modality "
-            f"{recipe.modality} with these settings gives {' and '.join(given)}; see signal.look of modality image"
+            f"{' and '.join(encoders)} with these settings gives {' and '.join(given)}; see signal.look of modality "
+            "image"
         )
     assert isinstance(objective, nn.Module)
     return objective
@@ -139,24 +231,37 @@ def sketch_objective(recipe: Recipe) -> nn.Module:
 
 def measure_cost(recipe: Recipe, objective: nn.Module) -> Cost:
     """Return what one sample of a recipe costs; of several sizes, one of the dearest."""
-    sizes = MODALITIES[recipe.modality].sizes(recipe.signal, recipe.model.tokenizer)
-    return max((measure(objective, synthetic(objective, size)) for size in sizes), key=lambda cost: cost.gflop_forward)
+    batches = (synthetic(objective, size) for size in sizes_of(recipe))
+    return max((measure(objective, batch) for batch in batches), key=lambda cost: cost.gflop_forward)
+
+
+def sizes_of(recipe: Recipe) -> Sequence[Size]:
+    """Return the sizes that signals of the first encoder's modality may have; the others have one."""
+    name, config = next(iter(recipe.encoders.items()))
+    return MODALITIES[name].sizes(config.signal, config.model.tokenizer)
 
 
 def measure_memory(recipe: Recipe, objective: nn.Module, samples: int) -> Footprint:
     """Return the bytes of an optimiser step on micro-batches of ``samples``; of several sizes, the greatest's."""
     accumulate, bf16 = recipe.train.accumulate, use_bf16(recipe, default_device())
-    sizes = MODALITIES[recipe.modality].sizes(recipe.signal, recipe.model.tokenizer)
-    feet = (footprint(objective, synthetic(objective, size), samples, accumulate, bf16) for size in sizes)
+    batches = (synthetic(objective, size) for size in sizes_of(recipe))
+    feet = (footprint(objective, batch, samples, accumulate, bf16) for batch in batches)
     return max(feet, key=lambda foot: foot.batch + foot.peak())
 
 
 def synthetic(objective: nn.Module, size: Size, device: str = "meta") -> Batch:
-    """Return a batch of one sample of ``size`` for an objective; on "meta" its signal has a shape and nothing else."""
+    """Return a batch of one sample of ``size`` for an objective; on "meta" its signal has a shape and nothing else.
+
+    ``size`` is of the first encoder's modality; signals of further ones have their encoders' own.
+    """
     viewed = as_objective(objective)
-    tokenizer = next(iter(viewed.encoders().values())).tokenizer
-    shape, grid = (tokenizer.channels, *size), tokenizer.grid_of(size)
-    return sample_batch(shape, viewed.draw(), grid, device, viewed.inputs)
+    tokenizers = {name: encoder.tokenizer for name, encoder in viewed.encoders().items()}
+    tokenizer = next(iter(tokenizers.values()))
+    shapes = {}
+    for key in viewed.inputs:
+        one = tokenizers[key.partition(".")[0]] if "." in key else tokenizer
+        shapes[key] = (one.channels, *(size if one is tokenizer else one.size))
+    return sample_batch(shapes, viewed.draw(), tokenizer.grid_of(size), device)
 
 
 def as_objective(module: nn.Module) -> Objective:
@@ -204,7 +309,8 @@ def use_bf16(recipe: Recipe, device: torch.device) -> bool:
         return recipe.train.precision == "bf16"
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_amx_tile_supported()) and recipe.model.backbone.dim >= 768
+    widest = max(config.model.backbone.dim for config in recipe.encoders.values())
+    return bool(torch.cpu._is_amx_tile_supported()) and widest >= 768
 
 
 def build_engine(recipe: Recipe, objective: nn.Module, device: torch.device, ds: dict[str, Any] | None) -> Engine:
@@ -222,7 +328,10 @@ def build_engine(recipe: Recipe, objective: nn.Module, device: torch.device, ds:
 def make_optimizer(recipe: Recipe, objective: nn.Module) -> torch.optim.Optimizer:
     """Make the recipe's optimiser over what is to be trained."""
     optim = recipe.optim
-    groups = param_groups(objective, optim.weight_decay, optim.layer_decay, recipe.model.blocks)
+    depths = {config.model.blocks for config in recipe.encoders.values()}
+    if optim.layer_decay != 1 and len(depths) > 1:
+        raise UserError("optim.layer_decay is for towers of one depth; leave it out")
+    groups = param_groups(objective, optim.weight_decay, optim.layer_decay, max(depths))
     if optim.name == "sgd":
         return sgd(groups, optim.momentum)
     return LARS(groups, optim.momentum) if optim.name == "lars" else adamw(groups, optim.betas, optim.eps)

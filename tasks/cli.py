@@ -13,6 +13,7 @@ import typer
 from mmssl.config import parse_assignments
 from mmssl.distributed import world
 from mmssl.errors import MmsslError, UserError, is_out_of_memory
+from tasks import cli_joint as joint
 from tasks import cli_measure as measure
 from tasks.build import load_recipe, recipe_names, recipe_path
 from tasks.cli_options import DeepSpeedConfig, Json, LocalRank, Overrides, Resume, SkipBroken, emit
@@ -111,6 +112,8 @@ for command in (measure.finetune, measure.predict, measure.knn, measure.embed, m
     app.command()(command)
 app.command(name="linear-probe")(measure.linear_probe)
 app.command()(propagate)
+app.command(name="zero-shot")(joint.zero_shot)
+app.command()(joint.retrieve)
 
 
 @data_app.command()

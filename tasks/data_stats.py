@@ -15,7 +15,7 @@ from mmssl.config import override, validate
 from mmssl.data.listing import list_files
 from mmssl.errors import UnusableData, UserError, nearest
 from modalities.encoder import DECODE_TIMEOUT, MODALITIES
-from tasks.build import load_recipe
+from tasks.build import EncoderRecipe, load_recipe
 from tasks.parallel import each_file
 
 
@@ -75,6 +75,8 @@ def stats(
     signal = _signal(modality, settings or {}) if recipe is None else None
     if recipe is not None:
         resolved = load_recipe(recipe, settings)
+        if not isinstance(resolved, EncoderRecipe):
+            raise UserError(f"{recipe} has several modalities, each measured by itself: leave --recipe out")
         modality, signal = resolved.modality, resolved.signal
     kind = MODALITIES[modality]
     listing = list_files(path, kind.source(signal), split=split, default_split="train")

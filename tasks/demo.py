@@ -21,6 +21,7 @@ from mmssl.errors import UserError, nearest
 from mmssl.files import write_json
 from mmssl.run import Run
 from modalities.encoder import MODALITIES, Encoder, load
+from tasks.batches import training_files
 from tasks.build import load_recipe
 from tasks.features import Extractor, class_targets
 from tasks.finetune import finetune
@@ -28,7 +29,7 @@ from tasks.knn import knn
 from tasks.labels import subset
 from tasks.linear_probe import linear_probe
 from tasks.metrics import Score
-from tasks.pretrain import pretrain, training_files
+from tasks.pretrain import pretrain
 from tasks.report import Section, Table, Words, write_report
 from tasks.run_report import run_sections
 

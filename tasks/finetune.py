@@ -201,7 +201,7 @@ def counted(recipe: Recipe, targets: Array) -> Recipe:
 def weights_of(encoder: Encoder) -> Weights:
     """Return an encoder's weights as what a run starts from."""
     tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    return Weights(tensors, "the encoder", encoder.tokenizer.grid)
+    return Weights(tensors, "the encoder", {"encoder.": encoder.tokenizer.grid})
 
 
 def measure(run: Run, test: Listing, targets: Array, trained_on: Array, skip_broken: bool = False) -> Measured:

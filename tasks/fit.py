@@ -4,7 +4,7 @@ Every rank walks through the same steps; rank 0 alone writes and talks.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,7 @@ import torch
 from torch import nn
 
 from mmssl import checkpoint
-from mmssl.config import flat, read_yaml
-from mmssl.contracts import Tokenizer
-from mmssl.data.dataset import Bucket, Plan, Samples, Stream, loader, worker_count
+from mmssl.config import Piece, flat, read_yaml
 from mmssl.data.listing import Listing
 from mmssl.distributed import Council, World, world
 from mmssl.engine.loop import Limits, train
@@ -23,16 +21,16 @@ from mmssl.engine.schedule import WarmupCosine
 from mmssl.errors import MmsslError, Stopped, UserError
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
+from tasks.batches import agreeing, make_batches
 from tasks.build import (
     Recipe,
-    as_objective,
     build_engine,
     build_objective,
     deepspeed_settings,
     default_device,
     parse_recipe,
 )
-from tasks.initial import Weights, read_weights, take
+from tasks.initial import Weights, known_tokenizer, read_weights, take, tower_weights
 from tasks.validation import Validation, Validator
 from tasks.writer import Writer, say
 
@@ -61,10 +59,11 @@ def fit(
     """
     me = world()
     check_batch(recipe, me)
+    recipe, remarks = learned(recipe, listing)
     ds = deepspeed_settings(recipe, me, deepspeed_config)
     objective = build_objective(recipe)
     if not (resume and checkpoint.checkpoints(run.checkpoints)):
-        start_from(objective, initial, recipe.train.init_from)
+        start_from(objective, recipe, initial)
     if resume:
         check_resumable(run, recipe)
     agreeing(listing, recipe.objective.together)  # what is missing for it is told before there is a run folder
@@ -81,6 +80,8 @@ def fit(
         validator.attach(engine, me, council, say)
     writer = Writer(run, recipe, listing, engine, me, council, validator, targets)
     start = writer.resume() if resume else 0
+    if not start:
+        writer.remark(remarks)
     try:
         if start < writer.steps and not (validator is not None and validator.enough):
             batches = make_batches(recipe, listing, objective, targets, me, start, device)
@@ -108,12 +109,46 @@ def occupy(run: Run, recipe: Recipe, resume: bool) -> None:
     run.hold()
 
 
-def start_from(objective: nn.Module, initial: Weights | None, path: str | None) -> None:
-    """Copy ``initial`` or the weights of the run or encoder at ``path`` into the objective, and tell what fitted."""
-    if path is not None:
-        initial = read_weights(Path(path))
-    if initial is not None:
-        say(str(take(objective, initial)))
+def learned(recipe: Recipe, listing: Listing) -> tuple[Recipe, list[str]]:
+    """Return the recipe with what its tokenizers learn from the files, and what is to be said of it.
+
+    An encoder that starts from another has the tokenizer of that one, where its own settings leave it open.
+    """
+    remarks: list[str] = []
+    for name, config in recipe.encoders.items():
+        known = known_tokenizer(getattr(config, "init_from", None) or recipe.train.init_from, name)
+        tokenizer = filled(config.model.tokenizer, known)
+        paths = [path for path in listing.media.get(name, listing.paths) if path is not None]
+        tokenizer, more = MODALITIES[name].learn(paths, config.signal, tokenizer)
+        if tokenizer != config.model.tokenizer:
+            recipe = recipe.with_tokenizer(name, tokenizer)
+        remarks += more
+    return recipe, remarks
+
+
+def filled(settings: Piece, known: Mapping[str, Any]) -> Piece:
+    """Return settings with those that are null taken from ``known``, settings of the same kind."""
+    if known.get("name") != getattr(settings, "name", None):
+        return settings
+    return settings.model_copy(update={key: known[key] for key, value in settings if value is None and key in known})
+
+
+def start_from(objective: nn.Module, recipe: Recipe, initial: Weights | None) -> None:
+    """Copy into the objective what it is to start from, and tell what fitted.
+
+    That is ``initial`` or what is at ``train.init_from``, and then for single towers what is at theirs.
+    """
+    for weights in sources(recipe, initial):
+        say(str(take(objective, weights)))
+
+
+def sources(recipe: Recipe, initial: Weights | None = None) -> list[Weights]:
+    """Return what a recipe's objective is to start from, in the order in which it is copied."""
+    if recipe.train.init_from is not None:
+        initial = read_weights(Path(recipe.train.init_from))
+    towers = {name: getattr(config, "init_from", None) for name, config in recipe.encoders.items()}
+    singly = [tower_weights(Path(path), name) for name, path in towers.items() if path is not None]
+    return ([] if initial is None else [initial]) + singly
 
 
 def check_batch(recipe: Recipe, me: World) -> None:
@@ -121,6 +156,8 @@ def check_batch(recipe: Recipe, me: World) -> None:
     batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
     if batch % (me.size * accumulate):
         raise UserError(f"train.batch_size {batch} does not divide by {me.size} ranks x train.accumulate {accumulate}")
+    if recipe.objective.several and recipe.data.repeats > 1:
+        raise UserError("data.repeats takes several looks at a row, each of which would be told from the others; use 1")
     if recipe.objective.micro_batch_multiple > 1 and recipe.data.repeats > 1:
         raise UserError("objective.mix mixes neighbours, which data.repeats makes the same file; use one of them")
     micro, multiple = batch // (me.size * accumulate), recipe.objective.micro_batch_multiple
@@ -139,7 +176,14 @@ def check_resumable(run: Run, recipe: Recipe) -> None:
     before, now = flat(stored.as_dict()), flat(recipe.as_dict())
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
-            raise UserError(f"--resume: {key} is {now.get(key)} here but {before.get(key)} in {run.config_file}")
+            here, there = (shortened(values.get(key)) for values in (now, before))
+            raise UserError(f"--resume: {key} is {here} here but {there} in {run.config_file}")
+
+
+def shortened(value: Any) -> str:
+    """Return a setting in at most a line: a vocabulary is a long one."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]!r} and so on"
 
 
 def make_validator(validation: Validation, recipe: Recipe, objective: nn.Module, run: Run, files: int) -> Validator:
@@ -154,58 +198,6 @@ def join(me: World) -> torch.device:
     from mmssl.engine.deepspeed_setup import connect
 
     return connect(me, default_device().type)
-
-
-def make_batches(
-    recipe: Recipe, listing: Listing, objective: nn.Module, targets: np.ndarray[Any, Any] | None, me: World, start: int,
-    device: torch.device,
-) -> Any:  # fmt: skip
-    """Return this rank's micro-batches from step ``start`` to the end."""
-    kind, length, data = MODALITIES[recipe.modality], recipe.train, recipe.data
-    root = as_objective(objective)
-    tokenizer = next(iter(root.encoders().values())).tokenizer
-    buckets = make_buckets(recipe, listing, tokenizer)
-    samples = Samples(
-        listing.paths, kind.views(recipe.signal), buckets, root.draw(), length.seed, data.timeout, targets
-    )
-    streams = [Stream(bucket.members, length.seed, b, data.repeats) for b, bucket in enumerate(buckets)]
-    plan = Plan(streams, length.batch_size, length.accumulate, me, start, recipe.steps(len(listing)))
-    return loader(samples, plan, worker_count(data.workers, me), pin=device.type == "cuda")
-
-
-def make_buckets(recipe: Recipe, listing: Listing, tokenizer: Tokenizer) -> list[Bucket]:
-    """Return the files by the size of signal that suits them, and by what the samples of a batch must agree in.
-
-    All are in one bucket where the recipe has one size and they need not agree in anything. Raises UserError where the
-    files do not say what they would have to agree in.
-    """
-    groups = agreeing(listing, recipe.objective.together)
-    return [
-        bucket._replace(members=members, substitutes=None if group is None else sorted(group))
-        for bucket in sized_buckets(recipe, listing, tokenizer)
-        for group in groups
-        if (members := bucket.members if group is None else [i for i in bucket.members if i in group])
-    ]
-
-
-def agreeing(listing: Listing, column: str | None) -> list[set[int] | None]:
-    """Return the files that have one value in a manifest's ``column``, for each value in it; None: all files."""
-    if column is None:
-        return [None]
-    groups: dict[str, set[int]] = {}
-    for i, value in enumerate(listing.labels(column)):
-        groups.setdefault(value, set()).add(i)
-    return list(groups.values())
-
-
-def sized_buckets(recipe: Recipe, listing: Listing, tokenizer: Tokenizer) -> list[Bucket]:
-    """Return the files by the size of signal that suits them."""
-    kind = MODALITIES[recipe.modality]
-    sizes = kind.sizes(recipe.signal, recipe.model.tokenizer)
-    if len(sizes) == 1:
-        return [Bucket(sizes[0], tokenizer.grid, range(len(listing)))]
-    chosen = np.array([kind.bucket(path, recipe.signal) for path in listing.paths])
-    return [Bucket(size, tokenizer.grid_of(size), np.flatnonzero(chosen == b).tolist()) for b, size in enumerate(sizes)]
 
 
 def make_schedule(recipe: Recipe, files: int) -> WarmupCosine:

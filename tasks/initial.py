@@ -1,7 +1,8 @@
 """Starting from weights that are already there: another run's, or an encoder's, of any size or task."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,18 @@ from modalities.encoder import encoder_folder
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by their name in an objective, where they come from, and the token grid they were learned on."""
+    """Tensors by their name in an objective, and where they come from."""
 
     tensors: Mapping[str, Tensor]
     source: str
-    grid: Grid
+    grids: Mapping[str, Grid]
+    """The token grid that each of its encoders was learned on, by what the names of its tensors begin with."""
     backbone: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the backbone that they are of, as far as they are known."""
+
+    def grid_of(self, name: str) -> Grid:
+        """Return the grid that a tensor was learned on; () for one of no encoder."""
+        return next((grid for prefix, grid in self.grids.items() if name.startswith(prefix)), ())
 
 
 @dataclass(frozen=True)
@@ -81,18 +87,62 @@ def collapsed(names: Iterable[str], among: Iterable[str]) -> list[str]:
 
 def read_weights(source: Path) -> Weights:
     """Return the weights of a run (all of its objective) or of an encoder folder; UserError for anything else."""
-    folder = encoder_folder(source)
     whole = source / "objective" / "model.safetensors"
-    file = whole if whole.is_file() else folder / "model.safetensors"
-    try:
+    towers = sorted(folder for folder in source.glob("encoder-*") if (folder / "config.json").is_file())
+    folders = {f"towers.{one.name.removeprefix('encoder-')}.": one for one in towers}
+    if not (whole.is_file() and folders):
+        folders = {"encoder.": encoder_folder(source)}
+    file = whole if whole.is_file() else folders["encoder."] / "model.safetensors"
+    with _readable(file):
         tensors = load_file(file)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        grid, backbone = tuple(config["grid"]), config["model"]["backbone"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"train.init_from: {file} is not readable ({error})") from None
+        configs = {prefix: _config(folder) for prefix, folder in folders.items()}
+        grids = {prefix: tuple(config["grid"]) for prefix, config in configs.items()}
+        backbone = next(iter(configs.values()))["model"]["backbone"]
     if file != whole:
         tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-    return Weights(tensors, str(source), grid, backbone)
+    return Weights(tensors, str(source), grids, backbone)
+
+
+def tower_weights(source: Path, modality: str) -> Weights:
+    """Return the weights of an encoder folder or a run's encoder, as those of the tower of its modality.
+
+    Raises UserError for anything else, and for an encoder of another modality.
+    """
+    folder, prefix = tower_folder(source, modality), f"towers.{modality}."
+    with _readable(folder):
+        config = _config(folder)
+        if config["modality"] != modality:
+            raise UserError(f"towers.{modality}.init_from: {source} is an encoder of modality {config['modality']}")
+        tensors = {f"{prefix}{name}": one for name, one in load_file(folder / "model.safetensors").items()}
+        return Weights(tensors, str(source), {prefix: tuple(config["grid"])}, config["model"]["backbone"])
+
+
+def tower_folder(source: Path, modality: str) -> Path:
+    """Return the encoder folder of a modality that a path means: its own, a run's, or that of a run with several."""
+    own = source / f"encoder-{modality}"
+    return encoder_folder(own if own.is_dir() else source)
+
+
+def known_tokenizer(source: str | None, modality: str) -> Mapping[str, Any]:
+    """Return the settings of the tokenizer of the encoder that is at ``source``; {} for None."""
+    if source is None:
+        return {}
+    folder = tower_folder(Path(source), modality)
+    with _readable(folder):
+        found: Mapping[str, Any] = _config(folder)["model"]["tokenizer"]
+        return found
+
+
+def _config(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"init_from: {file} is not readable ({error})") from None
 
 
 @torch.no_grad()
@@ -110,8 +160,8 @@ def take(objective: nn.Module, weights: Weights) -> Taken:
             continue
         owner = objective.get_submodule(name.rpartition(".")[0])
         fits = isinstance(owner, Positions) and tensor.ndim == 2 and tensor.shape[1] == owner.dim
-        if fits and isinstance(owner, Positions) and len(owner.grid) == len(weights.grid):
-            state[name] = resize_table(tensor.float(), weights.grid, owner.grid)
+        if fits and isinstance(owner, Positions) and len(owner.grid) == len(weights.grid_of(name)):
+            state[name] = resize_table(tensor.float(), weights.grid_of(name), owner.grid)
             resized.append(name)
         else:
             misfits.append(name)

@@ -16,7 +16,7 @@ from mmssl.errors import UserError
 from modalities.abilities import Moves, Sounds
 from modalities.encoder import MODALITIES
 from modalities.views import one_view
-from tasks.build import Recipe
+from tasks.build import EncoderRecipe
 from tasks.panels import Block, Line, Panel, Shot, arranged
 from tasks.panels_media import animate, beside, record, still
 from tasks.panels_page import draw
@@ -54,7 +54,7 @@ class Attempts(NamedTuple):
     """Frames per second, of what moves."""
 
 
-def draw_at(recipe: Recipe, objective: Reconstructs, ratio: float, source: Path) -> Draw:
+def draw_at(recipe: EncoderRecipe, objective: Reconstructs, ratio: float, source: Path) -> Draw:
     """Return what the recipe's objective would draw at another mask ratio; UserError where it has none."""
     if not hasattr(recipe.objective, "mask_ratio"):
         raise UserError(f"{source}: {recipe.objective.name} has no mask ratio, at which it could be shown")
@@ -80,7 +80,7 @@ def attempt(
 
 
 def attempts(
-    recipe: Recipe,
+    recipe: EncoderRecipe,
     objective: Reconstructs,
     source: Path,
     names: Sequence[str],
@@ -109,7 +109,7 @@ def attempts(
 # As a panel
 
 
-def reconstruction_panel(recipe: Recipe, found: Sequence[Attempts], playing: bool = False) -> Panel:
+def reconstruction_panel(recipe: EncoderRecipe, found: Sequence[Attempts], playing: bool = False) -> Panel:
     """Return original, masked and reconstruction at each ratio, one block per file; ``playing`` adds sound and motion.
 
     Those are for pages.
@@ -130,7 +130,7 @@ def reconstruction_panel(recipe: Recipe, found: Sequence[Attempts], playing: boo
     return Panel(f"Reconstructions at {words} % masked", note, arranged(blocks))
 
 
-def triplet(recipe: Recipe, made: Attempt, playing: bool = False, rate: float = 0.0) -> list[Shown]:
+def triplet(recipe: EncoderRecipe, made: Attempt, playing: bool = False, rate: float = 0.0) -> list[Shown]:
     """Return what is there, what is seen and what is predicted, and with ``playing`` all three in motion if they move.
 
     Of what can be heard, the first and the last then have their sounds.
@@ -146,25 +146,25 @@ def triplet(recipe: Recipe, made: Attempt, playing: bool = False, rate: float = 
     return shown
 
 
-def given(recipe: Recipe, made: Attempt) -> dict[str, Shown]:
+def given(recipe: EncoderRecipe, made: Attempt) -> dict[str, Shown]:
     """Return what was seen besides, by its name: the past look of a pair."""
     past = made.made.past
     return {} if past is None else {past_word(recipe): still(MODALITIES[recipe.modality], past, recipe.signal)}
 
 
-def past_word(recipe: Recipe) -> str:
+def past_word(recipe: EncoderRecipe) -> str:
     """Return what the look is called from which the other one is predicted."""
     return str(getattr(getattr(recipe.signal, "look", None), "past", "past"))
 
 
-def seen_note(recipe: Recipe, masked: str) -> str:
+def seen_note(recipe: EncoderRecipe, masked: str) -> str:
     """Return what a reconstruction was made from, where the masked pictures are called ``masked``."""
     paired = "past" in MODALITIES[recipe.modality].inputs(recipe.signal)
     also = f", and those called {past_word(recipe)}," if paired else ""
     return f"{recipe.objective.title} saw only what the {masked}{also} show."
 
 
-def target_note(recipe: Recipe) -> str:
+def target_note(recipe: EncoderRecipe) -> str:
     """Return what must be said of reconstructions that use the true patches' statistics; nothing where they do not."""
     target = getattr(recipe.model.tokenizer, "target", "raw")
     if target == "raw":
@@ -189,7 +189,7 @@ def sound_note(kind: Modality) -> str:
 # In motion and by ear
 
 
-def reconstruction_film(recipe: Recipe, found: Sequence[Attempts], out: Path) -> tuple[list[Picture], float]:
+def reconstruction_film(recipe: EncoderRecipe, found: Sequence[Attempts], out: Path) -> tuple[list[Picture], float]:
     """Return pages with the original, the masked and the reconstructed frame of each file and ratio, and their rate.
 
     Raises UserError for files of different rates: one animation has one.
@@ -222,7 +222,7 @@ def _moment(made: Attempt, frames: Sequence[Picture]) -> Line:
     return Line("", [Shot(caption, frame) for caption, frame in zip(words, frames, strict=True)])
 
 
-def audible(kind: Sounds, recipe: Recipe, made: Attempt, form: str) -> list[bytes]:
+def audible(kind: Sounds, recipe: EncoderRecipe, made: Attempt, form: str) -> list[bytes]:
     """Return the original and the reconstruction as files, "FLAC" or "WAV", both through Griffin-Lim."""
     original, _, predicted = made.stages
     (first, rate), (second, _) = (kind.sound(x, recipe.signal) for x in (original, predicted))

@@ -13,13 +13,12 @@ from torch import nn
 
 from mmssl.config import override
 from mmssl.cost import Footprint, Memory, Sharding, plan
-from mmssl.data.fragment import file_of
-from mmssl.data.listing import Listing, list_files
+from mmssl.data.ledger import Ledger
 from mmssl.distributed import world
 from mmssl.engine.optim import ADAMW_STATE
 from mmssl.errors import UserError
 from mmssl.run import Run
-from modalities.encoder import MODALITIES
+from tasks.batches import say_films, training_files
 from tasks.build import (
     Recipe,
     as_objective,
@@ -30,14 +29,14 @@ from tasks.build import (
     measure_cost,
     measure_memory,
     parse_recipe,
+    sizes_of,
     sketch_objective,
     use_bf16,
 )
-from tasks.fit import check_batch, fit
-from tasks.initial import read_weights, take
+from tasks.fit import check_batch, fit, sources
+from tasks.initial import take
 from tasks.report import write_report
 from tasks.run_report import run_sections
-from tasks.writer import say
 
 RANKS = 8
 """Where a dry run is of one process, what DeepSpeed would need is told for this many."""
@@ -66,21 +65,6 @@ class PretrainResult:
             f"encoder and report in {self.run}",
             soft_wrap=True,
         )
-
-
-def training_files(recipe: Recipe, data: str | Path, split: str | None) -> Listing:
-    """Return the files to pre-train on: those of ``split``, or of the split ``train`` where the data has splits."""
-    kind = MODALITIES[recipe.modality].source(recipe.signal)
-    return list_files(data, kind, split=split, default_split="train")
-
-
-def say_films(recipe: Recipe, listing: Listing) -> None:
-    """Tell a person how many folders of pictures are taken as a video each; photographs that are none do not say so."""
-    kind = MODALITIES[recipe.modality].source(recipe.signal)
-    films = sum(Path(file_of(path)).suffix.lower() not in kind.suffixes for path in listing.paths)
-    if kind.frame_suffixes and films:
-        what = "is a folder" if films == 1 else "are folders"
-        say(f"{films} of {len(listing)} files {what} of numbered pictures, taken as one video each")
 
 
 def pretrain(
@@ -112,7 +96,7 @@ def pretrain(
         run=run.path,
         steps=recipe.steps(len(listing)),
         files=len(listing),
-        broken=len(run.ledger_file.read_text().splitlines()) if run.ledger_file.exists() else 0,
+        broken=Ledger(run.ledger_file, write=False).count,
         loss=metrics[-1]["loss"],
         seconds=metrics[-1]["seconds"],
     )
@@ -155,12 +139,23 @@ class DryRun:
             console.print(f"\nOn {self.zero[0]['ranks']} ranks, by --deepspeed_config:")
             console.print(table)
             # Not every backbone can compute its activations again.
-            settable = getattr(self.recipe.model.backbone, "checkpointing", None) is not None
             console.print(
                 "More ranks do not make activations and communication buckets smaller: where these dominate, "
-                f"train.accumulate{' or model.backbone.checkpointing=true' if settable else ''} does.",
+                f"{' or '.join(self._savers())} does.",
                 soft_wrap=True,
             )
+
+    def _savers(self) -> list[str]:
+        """Return the keys that spare memory for activations."""
+        towers = {name: config.model.backbone for name, config in self.recipe.encoders.items()}
+        where = {name: f"towers.{name}." if len(towers) > 1 else "" for name in towers}
+        # Not every backbone can compute its activations again.
+        again = [
+            f"{where[name]}model.backbone.checkpointing=true"
+            for name, backbone in towers.items()
+            if getattr(backbone, "checkpointing", None) is not None
+        ]
+        return ["objective.chunk" if self.recipe.objective.several else "train.accumulate", *again]
 
 
 def in_words(value: Any) -> str:
@@ -178,11 +173,11 @@ def dry_run(
     ds = deepspeed_settings(recipe, me, deepspeed_config)
     objective = sketch_objective(recipe)
     cost = measure_cost(recipe, objective)
-    encoder = next(iter(as_objective(objective).encoders().values()))
+    encoders = as_objective(objective).encoders().values()
     device = default_device()
     facts: dict[str, Any] = {
         "parameters": cost.parameters,
-        "encoder_parameters": sum(p.numel() for p in encoder.parameters()),  # type: ignore[attr-defined]
+        "encoder_parameters": sum(p.numel() for one in encoders for p in one.parameters()),  # type: ignore[attr-defined]
         "gflop_per_sample_forward": cost.gflop_forward,
         "gflop_per_sample_training": cost.gflop_train,
         "tokens_seen": tokens_seen(recipe, objective),
@@ -192,8 +187,9 @@ def dry_run(
     }
     foot = measure_memory(recipe, objective, facts["micro_batch"])
     facts |= memory_facts(foot, planned(recipe, foot, None if ds is None else Sharding.of(ds, me.size)))
-    if recipe.train.init_from is not None:
-        facts["init_from"] = str(take(objective, read_weights(Path(recipe.train.init_from))))
+    taken = [str(take(objective, weights)) for weights in sources(recipe)]
+    if taken:
+        facts["init_from"] = "\n".join(taken)
     if listing is not None:
         steps = recipe.steps(len(listing))
         facts |= {"steps": steps, "epochs": steps * recipe.train.batch_size / recipe.epoch(len(listing))}
@@ -204,9 +200,12 @@ def dry_run(
 def tokens_seen(recipe: Recipe, objective: nn.Module) -> str:
     """Return how many tokens the encoder sees of a sample, for each size that there is: "4 of 16"."""
     root = as_objective(objective)
-    tokenizer, draw = next(iter(root.encoders().values())).tokenizer, root.draw()
+    tokenizers, draw = {name: one.tokenizer for name, one in root.encoders().items()}, root.draw()
+    if len(tokenizers) > 1:
+        return ", ".join(f"{name} {prod(tokenizer.grid)}" for name, tokenizer in tokenizers.items())
+    (tokenizer,) = tokenizers.values()
     words = []
-    for size in MODALITIES[recipe.modality].sizes(recipe.signal, recipe.model.tokenizer):
+    for size in sizes_of(recipe):
         grid = tokenizer.grid_of(size)
         drawn = draw(np.random.default_rng(0), grid) if draw else {}
         words.append(f"{len(drawn['keep']) if 'keep' in drawn else prod(grid)} of {prod(grid)}")

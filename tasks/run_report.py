@@ -7,7 +7,7 @@ from mmssl.data.listing import Listing
 from mmssl.errors import UnusableData
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
-from tasks.build import Recipe, measure_cost
+from tasks.build import EncoderRecipe, measure_cost
 from tasks.panels import read_example, read_rate
 from tasks.panels_reconstruction import attempt, given, seen_note, sound_note, target_note, triplet
 from tasks.report import Code, Curve, Facts, Pictures, Section
@@ -29,7 +29,7 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
             Curve("Accuracy", "step", "accuracy on training batches", {"training": (steps, accuracy)}, percent=True)
         )
     sections += ahead_sections(metrics)
-    if isinstance(objective, Reconstructs):
+    if isinstance(objective, Reconstructs) and isinstance(recipe, EncoderRecipe):
         sections += reconstructions(recipe, objective, shown, held_out)
     cost = measure_cost(recipe, objective)
     rates = [record["samples_per_s"] for record in metrics]
@@ -54,7 +54,7 @@ def flops(gflop: float) -> dict[str, str]:
 
 
 def reconstructions(
-    recipe: Recipe, objective: Reconstructs, shown: Listing, held_out: bool, most: int = 8
+    recipe: EncoderRecipe, objective: Reconstructs, shown: Listing, held_out: bool, most: int = 8
 ) -> list[Pictures]:
     """Return what there is, what is seen and what is predicted of files spread evenly over ``shown``, to be played."""
     kind = MODALITIES[recipe.modality]

@@ -20,7 +20,7 @@ from mmssl.files import replacing_file
 from modalities.abilities import Moves, Sounds
 from modalities.encoder import MODALITIES, EncoderConfig, encoder_folder, load
 from modalities.looks import FramePair
-from tasks.build import Recipe
+from tasks.build import EncoderRecipe
 from tasks.panels import Files, Panel, legible, read_example, read_rate, read_signal
 from tasks.panels_masks import read_masks
 from tasks.panels_media import animate
@@ -48,7 +48,7 @@ FASTEST = 50
 """Frames per second of a GIF: players slow faster ones down."""
 RATIOS = (0.75, 0.85, 0.95)
 
-Run: TypeAlias = tuple[Recipe, nn.Module]
+Run: TypeAlias = tuple[EncoderRecipe, nn.Module]
 """What a run folder holds: its recipe and its trained objective."""
 
 
@@ -198,7 +198,9 @@ def _reconstruction(source: Path, run: Run, files: Sequence[Path | str], out: Pa
     return ShowResult(out, "reconstruction", found.paths, note, {"ratios": list(ratios), "seed": seed})
 
 
-def _configured(found: Files, recipe: Recipe, gaps: Sequence[float] | None) -> list[tuple[str, str, EncoderConfig]]:
+def _configured(
+    found: Files, recipe: EncoderRecipe, gaps: Sequence[float] | None
+) -> list[tuple[str, str, EncoderConfig]]:
     """Return each file, what it is called and the configuration by which it is read; with ``gaps`` once for each."""
     if gaps is None:
         return [(path, name, recipe) for path, name in zip(*found, strict=True)]
@@ -214,7 +216,7 @@ def _configured(found: Files, recipe: Recipe, gaps: Sequence[float] | None) -> l
     return shown
 
 
-def _write(out: Path, recipe: Recipe, made: Sequence[Attempts], more: str) -> str:
+def _write(out: Path, recipe: EncoderRecipe, made: Sequence[Attempts], more: str) -> str:
     """Write reconstructions as the suffix says, and return what must be said of them, ``more`` included."""
     kind, suffix = MODALITIES[recipe.modality], out.suffix.lower()
     if suffix in PAGES:
@@ -282,7 +284,11 @@ def _attends(source: Path) -> bool:
 
 
 def _run(source: Path) -> Run | None:
-    return load_objective(source) if (source / "objective" / "model.safetensors").is_file() else None
+    if not (source / "objective" / "model.safetensors").is_file():
+        return None
+    recipe, objective = load_objective(source)
+    # A run of several modalities shows nothing by itself: it is asked for one of its encoders.
+    return (recipe, objective) if isinstance(recipe, EncoderRecipe) else None
 
 
 def _check_out(out: Path) -> None:

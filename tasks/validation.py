@@ -77,7 +77,7 @@ class Validator:
         assert isinstance(objective, Classify)
         self.asked, self.run, self.every, self.steps, self.patience = asked, run, every, steps, patience
         self.copy = copy.deepcopy(objective).requires_grad_(False)
-        self.classifier = Classifier.of(self.copy, objective.classifier()[1]["classes"])
+        self.classifier = Classifier.of(self.copy, list(objective.facts["classes"]))
         self.source = "ema/" if averaged else "param/"
         self.history: list[Measure] = []
         self.best: Measure | None = None

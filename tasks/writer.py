@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmssl import checkpoint
 from mmssl.checkpoint import Checkpoint
 from mmssl.config import read_yaml
-from mmssl.contracts import Classifies, Warns
+from mmssl.contracts import Keeps, Warns
 from mmssl.data.ledger import Ledger
 from mmssl.data.listing import Listing
 from mmssl.distributed import Council, World, world
@@ -26,7 +26,7 @@ from mmssl.engine.loop import Hooks
 from mmssl.errors import UserError
 from mmssl.files import replacing_folder, save_tensors, write_json
 from mmssl.run import Run
-from modalities.classifier import save_classifier
+from modalities.kept import SAVE
 from tasks.build import Recipe, as_objective, build_objective, parse_recipe
 from tasks.validation import Validator
 
@@ -79,6 +79,12 @@ class Writer:
             seconds = round(time.monotonic() - self.began, 3)
             epoch = samples / self.recipe.epoch(len(self.listing))
             self.run.log({**line, "samples": samples, "epoch": epoch, "seconds": seconds})
+
+    def remark(self, remarks: Sequence[str]) -> None:
+        """Tell what is to be said of the files as a whole, and note it in the ledger."""
+        for text in remarks:
+            say(text)
+            self.ledger.note(text)
 
     def broken(self, index: int, reason: str) -> int:
         """Note a broken file; returns how many there are."""
@@ -164,17 +170,17 @@ def export(
         write_json(aside / "config.json", recipe.as_dict())
 
     def part(module: Any) -> dict[str, Tensor]:
-        prefix = names[id(module)] + "."
-        return {name.removeprefix(prefix): t for name, t in averaged.items() if name.startswith(prefix)}
+        # By the tensors themselves: a part of a head may be of several heads, and has one name.
+        return {name: averaged[names[id(tensor)]] for name, tensor in module.state_dict(keep_vars=True).items()}
 
-    names = {id(module): name for name, module in objective.named_modules()}
+    names = {id(tensor): name for name, tensor in objective.state_dict(keep_vars=True).items()}
     encoders = as_objective(objective).encoders()
+    kept = objective.kept() if isinstance(objective, Keeps) else {}
     for modality, encoder in encoders.items():
         with replacing_folder(run.encoder_folder(modality, len(encoders) == 1)) as aside:
             encoder.save(aside, part(encoder))
-            if isinstance(objective, Classifies):
-                head, facts = objective.classifier()
-                save_classifier(aside, facts, part(head))
+            if modality in kept:
+                SAVE[kept[modality].name](aside, kept[modality].facts, part(kept[modality].head))
 
 
 def load_objective(path: Path) -> tuple[Recipe, nn.Module]:

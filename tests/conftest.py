@@ -1,7 +1,9 @@
 """Shared fixtures: one thread and one seed (so that bits do not depend on the machine's load), and tiny models."""
 
+import csv
 import importlib.util
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -135,6 +137,15 @@ TINY_TEXT = {
     **RUN,
 }  # fmt: skip
 
+TINY_CLIP = {
+    "towers.image.signal.size": [16, 16], "towers.image.signal.flip": True,
+    "towers.image.model.tokenizer.patch_size": [8, 8],
+    "towers.image.model.backbone": {"dim": 16, "depth": 2, "num_heads": 2, "drop_path": 0.2},
+    "towers.text.signal.context": 12, "towers.text.model.tokenizer.vocab_size": 530,
+    "towers.text.model.backbone": {"dim": 12, "depth": 2, "num_heads": 2, "drop_path": 0.2},
+    "objective.dim": 8, "objective.chunk": 3, **RUN,
+}  # fmt: skip
+
 
 class Material(NamedTuple):
     """What a modality's whole runs are tested with."""
@@ -182,8 +193,22 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def materials(photos: Path, clips: Path, sounds: Path, texts: Path) -> dict[str, Material]:
-    """By modality, for pairs of frames and CPC of sounds: a tiny recipe, files and settings for runs of a second."""
+def captioned(tmp_path_factory: pytest.TempPathFactory, photos: Path, clips: Path, sounds: Path) -> Path:
+    """A manifest of 12 rows with a picture, a video, a sound and a caption each; one caption is long."""
+    folder = tmp_path_factory.mktemp("captioned")
+    found = [sorted(path for path in one.rglob("*.*") if path.is_file()) for one in (photos, clips, sounds)]
+    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_path", "video_path", "audio_path", "caption", "label", "split"])
+        for i, files in enumerate(islice(zip(*found, strict=False), 12)):
+            words = f"picture {i}, {files[0].parent.name}" + ", and so on and on" * (4 if i == 3 else 0)
+            writer.writerow([*files, words, files[0].parent.name, "test" if i >= 10 else "train"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def materials(photos: Path, clips: Path, sounds: Path, texts: Path, captioned: Path) -> dict[str, Material]:
+    """By modality, for pairs of frames, CPC of sounds and CLIP: a tiny recipe, files, settings for runs of a second."""
     return {
         "image": Material("image-mae-tiny", photos, TINY),
         "video": Material("video-mae-tiny", clips, TINY_VIDEO),
@@ -191,6 +216,7 @@ def materials(photos: Path, clips: Path, sounds: Path, texts: Path) -> dict[str,
         "pairs": Material("siam-mae-tiny", clips, TINY_PAIRS),
         "cpc": Material("cpc-audio-tiny", sounds, TINY_CPC),
         "text": Material("cpc-text-tiny", texts, TINY_TEXT),
+        "clip": Material("clip-tiny", captioned, TINY_CLIP),
     }
 
 

@@ -54,7 +54,7 @@ class Toy(nn.Module):
 
 
 def test_the_memory_of_a_toy_by_hand():
-    foot = footprint(Toy(), sample_batch((1, 1, 1000), None, (1,)), samples=7)
+    foot = footprint(Toy(), sample_batch({"signal": (1, 1, 1000)}, None, (1,)), samples=7)
     row = 7 * 1000 * 4
     assert foot.weights == 2 * 4000
     assert foot.gradients == 4000

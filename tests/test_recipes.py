@@ -9,24 +9,20 @@ import torch
 from mmssl.config import read_yaml
 from mmssl.run import Run
 from modalities.encoder import MODALITIES, load
+from modalities.joint import JointEncoder
 from tasks.build import as_objective, load_recipe, parse_recipe, recipe_names, sketch_objective
 from tasks.pretrain import dry_run, pretrain
 
 RECIPES = sorted(recipe_names())
 
-SMALL = {
-    "model.backbone.dim": 16,
-    "model.backbone.depth": 2,
-    "train.batch_size": 4,
-    "train.steps": 1,
-    "data.workers": 0,
-}
+SMALL = {"train.batch_size": 4, "train.steps": 1, "data.workers": 0}
+SMALL_MODEL = {"model.backbone.dim": 16, "model.backbone.depth": 2}
 """What makes a recipe a second's work and leaves the rest of it (checkpointing, schedules ...) as it is."""
 SMALL_SIGNAL = {
     "image": {"signal.size": [32, 32]},
     "video": {"signal.frames": 4, "signal.size": [16, 16], "signal.stride": 2, "signal.short": "hold"},
     "audio": {"signal.seconds": 0.32, "signal.mels": 32},
-    "text": {"signal.sentences": 4, "signal.length": 24},
+    "text": {"signal.sentences": 4, "signal.length": 24, "signal.context": 12},
 }
 SMALL_CROPS = {"patch_size": 8, "stride": 4, "blocks": [1, 1], "channels": [8, 16], "bottlenecks": [4, 4]}
 SMALL_PATCH = {"image": 8, "video": [2, 4, 4], "audio": 8}
@@ -35,19 +31,34 @@ DECODER = {"dim": 16, "depth": 1, "num_heads": 2}
 
 def small(recipe):
     """Return the settings that make a recipe small, whatever its parts are."""
-    settings = SMALL | SMALL_SIGNAL[recipe.modality]
-    if hasattr(recipe.model.backbone, "num_heads"):
-        settings |= {"model.backbone.num_heads": 2}
-    if hasattr(recipe.model.backbone, "input_dim"):
-        settings |= {"model.backbone.input_dim": 16}
+    settings = dict(SMALL)
     if hasattr(recipe.objective, "decoder"):
         settings |= {"objective.decoder": DECODER}
     if recipe.objective.name == "cpc":
         settings |= {"objective.steps": 2}
-    if hasattr(recipe.model.tokenizer, "positions"):
-        settings |= {"model.tokenizer.patch_size": SMALL_PATCH[recipe.modality]}
-    if getattr(recipe.model.tokenizer, "name", None) == "crops":
+    for name, encoder in recipe.encoders.items():
+        settings |= {f"{place(recipe, name)}{key}": value for key, value in small_encoder(name, encoder).items()}
+    return settings
+
+
+def place(recipe, modality):
+    """Return what the keys of an encoder's settings begin with."""
+    return f"towers.{modality}." if recipe.objective.several else ""
+
+
+def small_encoder(modality, encoder):
+    """Return the settings that make an encoder small."""
+    settings, tokenizer = SMALL_MODEL | SMALL_SIGNAL[modality], encoder.model.tokenizer
+    if hasattr(encoder.model.backbone, "num_heads"):
+        settings |= {"model.backbone.num_heads": 2}
+    if hasattr(encoder.model.backbone, "input_dim"):
+        settings |= {"model.backbone.input_dim": 16}
+    if hasattr(tokenizer, "patch_size"):
+        settings |= {"model.tokenizer.patch_size": SMALL_PATCH[modality]}
+    if getattr(tokenizer, "name", None) == "crops":
         settings |= {"model.tokenizer": SMALL_CROPS}
+    if hasattr(tokenizer, "vocab_size"):
+        settings |= {"model.tokenizer.vocab_size": 530}
     return settings
 
 
@@ -62,6 +73,10 @@ MAE's own code (arXiv:2111.06377) builds its encoders from timm's VisionTransfor
 that is not trained, of which ours is a table that is computed.
 """
 
+CLIPS = {"clip-b32": 151_277_313, "clip-b16": 149_620_737, "clip-l14": 427_616_513}
+"""The weights of OpenAI's models, as transformers' CLIPModel counts them. Our picture towers have a bias of the
+patches where theirs have a position of the class token: as many numbers."""
+
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_one_page_that_resolves_and_reads_back(name):
@@ -72,7 +87,7 @@ def test_a_recipe_is_one_page_that_resolves_and_reads_back(name):
     recipe = load_recipe(name)
     assert parse_recipe(recipe.as_dict(), name).as_dict() == recipe.as_dict()
     given = read_yaml(path)
-    assert recipe.modality == given["modality"]
+    assert list(recipe.encoders) == (list(given["towers"]) if "towers" in given else [given["modality"]])
     assert recipe.train.batch_size == given["train"]["batch_size"]
 
 
@@ -87,8 +102,13 @@ def check_plan(name, **settings):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_can_be_planned(name):
-    decoder = {"objective.decoder.depth": 1} if hasattr(load_recipe(name).objective, "decoder") else {}
-    check_plan(name, **{"model.backbone.depth": 2, **decoder})
+    recipe = load_recipe(name)
+    settings = {f"{place(recipe, modality)}model.backbone.depth": 2 for modality in recipe.encoders}
+    if hasattr(recipe.objective, "decoder"):
+        settings |= {"objective.decoder.depth": 1}
+    if recipe.objective.several:
+        settings |= {"train.batch_size": 64}
+    check_plan(name, **settings)
 
 
 @pytest.mark.slow
@@ -98,7 +118,11 @@ def test_a_published_model_can_be_planned_whole(name):
     assert totals["zero2"] < totals["zero0"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SINGLE = [name for name in RECIPES if "towers" not in read_yaml(recipe_names()[name])]
+TOWERS = sorted(set(RECIPES) - set(SINGLE))
+
+
+@pytest.mark.parametrize("name", SINGLE)
 def test_a_recipe_trains(name, materials, tmp_path):
     given = load_recipe(name)
     files = materials[given.modality].folder
@@ -118,6 +142,20 @@ def test_a_recipe_trains(name, materials, tmp_path):
     assert torch.isfinite(vectors).all()
 
 
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_recipe_of_several_towers_trains(name, captioned, tmp_path):
+    given = load_recipe(name)
+    result = pretrain(name, captioned, tmp_path / "run", small(given))
+    assert result.steps == 1
+    assert math.isfinite(result.loss)
+    assert read_yaml(Run(result.run).config_file)["optim"] == given.as_dict()["optim"]
+    for modality in given.encoders:
+        tower = JointEncoder(result.run / f"encoder-{modality}")
+        vectors = tower.embed(tower.encoder.files(captioned, split="test").paths)
+        assert vectors.shape == (2, given.objective.dim)
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_encoders_have_their_published_sizes(name):
     objective = sketch_objective(load_recipe(name))
@@ -128,6 +166,12 @@ def test_published_encoders_have_their_published_sizes(name):
     with torch.device("meta"):
         theirs = timm.create_model(timms, num_classes=0)
     assert ours == published == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_clips_have_as_many_weights_as_openais(name):
+    objective = sketch_objective(load_recipe(name))
+    assert sum(p.numel() for p in objective.parameters()) == CLIPS[name]
 
 
 def test_the_large_recipes_are_the_papers():

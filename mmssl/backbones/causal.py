@@ -1,7 +1,7 @@
 """A causal Transformer over sequences: each token sees itself and those before it, and streaming keeps what it saw.
 
 Positions are rotations of queries and keys (RoPE, Su et al., arXiv:2104.09864): only distances matter, so that a
-sequence has no end that training would have had to see.
+sequence has no end that training would have had to see. Or there are none, where the tokens tell their places.
 
 Shape legend: B samples, N tokens, D width, H heads, E = D / H.
 """
@@ -29,6 +29,8 @@ class CausalConfig(OrderedConfig):
     """Hidden width of the MLP over ``dim``."""
     memory: Annotated[int, Field(gt=0)] | None = 256
     """How many tokens a token sees, itself included; null is all since the beginning, and streaming then slows down."""
+    rotary: bool = True
+    """Rotate queries and keys by their places; not for tokens that are told their places, as those of texts in CLIP."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
 
@@ -41,7 +43,7 @@ class CausalConfig(OrderedConfig):
     def build(self) -> "CausalTransformer":
         """Make the module, freshly initialised."""
         return CausalTransformer(
-            self.reads, self.dim, self.depth, self.num_heads, self.mlp_ratio, self.memory, self.drop_path
+            self.reads, self.dim, self.depth, self.num_heads, self.mlp_ratio, self.memory, self.drop_path, self.rotary
         )
 
 
@@ -57,13 +59,14 @@ class CausalTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         memory: int | None = None,
         drop_path: float = 0.0,
+        rotary: bool = True,
     ) -> None:
         super().__init__()
         self.dim, self.memory = dim, memory
         self.reader = nn.Linear(reads, dim) if reads != dim else nn.Identity()
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            CausalBlock(dim, num_heads, mlp_ratio, memory, rate, i) for i, rate in enumerate(rates)
+            CausalBlock(dim, num_heads, mlp_ratio, memory, rate, i, rotary) for i, rate in enumerate(rates)
         )
         self.norm = nn.LayerNorm(dim)
         self.apply(init_linear)
@@ -103,9 +106,17 @@ class CausalBlock(nn.Module):
     """Causal self-attention and an MLP, each behind a LayerNorm and around a shortcut."""
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, memory: int | None, drop_path: float = 0.0, index: int = 0
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        memory: int | None,
+        drop_path: float = 0.0,
+        index: int = 0,
+        rotary: bool = True,
     ) -> None:
         super().__init__()
+        self.rotary = rotary
         self.num_heads, self.memory, self.drop_path, self.index = num_heads, memory, drop_path, index
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -126,11 +137,10 @@ class CausalBlock(nn.Module):
         place = torch.arange(total, device=x.device)
         distance = place[total - new :, None] - place
         visible = distance >= 0 if self.memory is None else (distance >= 0) & (distance < self.memory)
-        rotated = F.scaled_dot_product_attention(
-            rotate(q, place[total - new :]), rotate(k, place), v, attn_mask=visible
-        )
+        turned_q, turned_k = (rotate(q, place[total - new :]), rotate(k, place)) if self.rotary else (q, k)
+        found = F.scaled_dot_product_attention(turned_q, turned_k, v, attn_mask=visible)
         keep = total if self.memory is None else min(total, self.memory - 1)
-        return self.proj(rotated.transpose(1, 2).flatten(2)), (k[:, :, total - keep :], v[:, :, total - keep :])
+        return self.proj(found.transpose(1, 2).flatten(2)), (k[:, :, total - keep :], v[:, :, total - keep :])
 
 
 def rotate(x: Tensor, place: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class ViTConfig(BackboneConfig):
     """Initial gain of LayerScale, e.g. 1e-5; none by default."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    pre_norm: bool = False
+    """Normalise the tokens before the first block too, as CLIP's ViT does (arXiv:2103.00020, section 2.4)."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time for far less memory."""
 
@@ -58,11 +60,13 @@ class ViT(nn.Module):
         qkv_bias: bool = True,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
+        pre_norm: bool = False,
         checkpointing: bool = False,
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.dim, self.checkpointing = dim, checkpointing
+        self.pre_norm = nn.LayerNorm(dim, eps=eps) if pre_norm else nn.Identity()
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio, qkv_bias, layer_scale, rate, i, eps) for i, rate in enumerate(rates)
@@ -77,6 +81,7 @@ class ViT(nn.Module):
 
         Tokens are a set: of ``grid`` nothing is used.
         """
+        tokens = self.pre_norm(tokens)
         for block in self.blocks:
             tokens = self._run(block, tokens, pad, seeds)
         return self.norm(tokens)  # type: ignore[no-any-return]
@@ -85,7 +90,7 @@ class ViT(nn.Module):
         self, tokens: Tensor, pad: Tensor | None = None, seeds: Tensor | None = None, grid: Grid | None = None
     ) -> list[Tensor]:
         """Return the output of every block for [B, K, D], each put through the final norm; arguments as ``forward``."""
-        outputs = []
+        tokens, outputs = self.pre_norm(tokens), []
         for block in self.blocks:
             tokens = self._run(block, tokens, pad, seeds)
             outputs.append(self.norm(tokens))

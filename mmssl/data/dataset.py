@@ -123,7 +123,7 @@ class Samples(Dataset[Sample]):
 
     def __init__(
         self,
-        paths: Sequence[str],
+        items: Sequence[Any],
         views: Views,
         buckets: Sequence[Bucket],
         draw: Draw | None,
@@ -131,14 +131,16 @@ class Samples(Dataset[Sample]):
         timeout: float,
         targets: np.ndarray[Any, Any] | None = None,
     ) -> None:
-        """``targets``, one per path, are class indices int64 [n] or float32 [n, classes]."""
-        self.paths, self.views, self.draw = paths, views, draw
+        """``items`` are what ``views`` reads: paths, or rows of them; ``targets``, one per item, are class indices
+        int64 [n] or float32 [n, classes].
+        """
+        self.items, self.views, self.draw = items, views, draw
         self.lattices = [(bucket.size, bucket.grid) for bucket in buckets]
         self.substitutes = [bucket.substitutes for bucket in buckets]
         self.seed, self.timeout, self.targets = seed, timeout, targets
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.items)
 
     def __getitem__(self, key: Key) -> Sample:
         """Return the sample at ``key``; a broken file is recorded and another, drawn from the key, is read instead."""
@@ -170,7 +172,7 @@ class Samples(Dataset[Sample]):
     def _other(self, rng: np.random.Generator, bucket: int, attempt: int) -> int:
         # Where nothing that the bucket would have can be read, any file goes before training ends.
         files = self.substitutes[bucket] if attempt <= TRIES // 2 else None
-        place = int(rng.integers(len(self.paths) if files is None else len(files)))
+        place = int(rng.integers(len(self.items) if files is None else len(files)))
         return place if files is None else int(files[place])
 
     def _read(self, index: int, keys: Sequence[Key], attempt: int) -> list[dict[str, Any]]:
@@ -183,7 +185,8 @@ class Samples(Dataset[Sample]):
             if self.targets is not None:
                 sample["target"] = self.targets[index]
             samples.append(sample | (self.draw(rng, grid) if self.draw is not None else {}))
-        seen = guarded(lambda path: self.views(path, rngs, size), self.paths[index], self.timeout)
+        item = self.items[index]
+        seen = guarded(lambda _: self.views(item, rngs, size), str(item), self.timeout)
         return [view | sample for view, sample in zip(seen, samples, strict=True)]
 
 

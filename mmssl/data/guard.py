@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
+from mmssl.data import inline
 from mmssl.data.fragment import file_of
 
 T = TypeVar("T")
@@ -81,6 +82,8 @@ def _reason(error: Exception, path: str) -> str:
         return "too large to decode"
     if isinstance(error, PermissionError):
         return "permission denied"
+    if inline.text(path) is not None:
+        return _clause(error, path)
     file = file_of(path)
     try:
         if os.path.isdir(file):  # noqa: PTH112 (paths are strings here, a million of them)

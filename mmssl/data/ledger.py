@@ -1,6 +1,7 @@
 """The list of files that were skipped and why, one JSON object per line."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,18 @@ class Ledger:
         if path in self._seen:
             return
         self._seen.add(path)
+        self._write({"path": path, "reason": reason, **more})
+
+    def note(self, text: str) -> None:
+        """Write down what is to be known of the files as a whole; it counts as none."""
+        self._write({"note": text})
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
         if self.path is None:
             return
         # Opened and closed each time: broken files are rare, and what is written survives a kill.
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * self._torn + json.dumps({"path": path, "reason": reason, **more}) + "\n")
+            file.write("\n" * self._torn + json.dumps(entry) + "\n")
         self._torn = False
 
 

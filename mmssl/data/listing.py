@@ -18,13 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmssl.contracts import Media
-from mmssl.data import fragment
+from mmssl.data import fragment, inline
 from mmssl.errors import UserError, nearest, sibling
 
 Columns = dict[str, list[str | None]]
 
 MANIFESTS = (".csv", ".jsonl", ".parquet")
 """Suffixes of a manifest; a folder's own is called ``manifest`` plus one of them."""
+
+ITSELF = {"text": "caption"}
+"""Modalities that may stand in the manifest itself, where others have a path, and in which column."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,26 @@ class Listing:
     """Lower-case suffix -> how many files of a folder are not of this modality."""
     rows: Sequence[int] = ()
     """For each file the manifest row it stands in, counted from 1 below the header; () without a manifest."""
+    media: dict[str, list[str | None]] = field(default_factory=dict)
+    """Where rows are of several modalities, their paths by modality, None for what a row has not; else {}."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, i: int) -> str:
-        """Return the path of file ``i`` relative to the folder it was found from; unchanged if it lies elsewhere."""
-        return self.paths[i].removeprefix(self._base)
+        """Return the path of file ``i`` relative to the folder it was found from; unchanged if it lies elsewhere.
+
+        What is a text and no file is returned as it is.
+        """
+        text = inline.text(self.paths[i])
+        return self.paths[i].removeprefix(self._base) if text is None else text
 
     def select(self, indices: Sequence[int]) -> "Listing":
         """Return the files at ``indices``, in that order, with their columns."""
         columns = {key: [values[i] for i in indices] for key, values in self.columns.items()}
         rows = [self.rows[i] for i in indices] if self.rows else ()
-        return replace(self, paths=[self.paths[i] for i in indices], columns=columns, rows=rows)
+        media = {key: [values[i] for i in indices] for key, values in self.media.items()}
+        return replace(self, paths=[self.paths[i] for i in indices], columns=columns, rows=rows, media=media)
 
     def split(self, name: str) -> "Listing":
         """Return the files whose ``split`` column equals ``name``; raises UserError naming the splits there are."""
@@ -131,6 +141,20 @@ def list_files(path: str | Path, kind: Media, split: str | None = None, default_
     return listing if split is None else listing.split(split)
 
 
+def manifest_of(root: Path) -> Path | None:
+    """Return the manifest that a path is or has at its top; None for a folder without one.
+
+    Raises UserError where there is nothing, or more than one.
+    """
+    if not root.exists():
+        raise UserError(f"{root} does not exist{sibling(root)}")
+    if root.is_dir():
+        return _manifest_in(root)
+    if root.suffix.lower() in MANIFESTS:
+        return root
+    raise UserError(f"{root} is neither a folder nor a manifest ({', '.join(MANIFESTS)})")
+
+
 def _manifest_in(folder: Path) -> Path | None:
     found = [p for suffix in MANIFESTS if (p := folder / f"manifest{suffix}").is_file()]
     if len(found) > 1:
@@ -191,35 +215,70 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
         yield folder, names
 
 
-def _list_manifest(root: Path, manifest: Path, kind: Media) -> Listing:
+def read_manifest(path: Path) -> Columns:
+    """Return the columns of a manifest, an empty cell as None; raises UserError where it cannot be read."""
     try:
-        columns = _READERS[manifest.suffix.lower()](manifest)
+        return _READERS[path.suffix.lower()](path)
     except UnicodeDecodeError:
-        raise UserError(f"{manifest} is not UTF-8 text; save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{manifest} cannot be read: {error.strerror or error}") from None
-    if "path" not in columns:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _list_manifest(root: Path, manifest: Path, kind: Media) -> Listing:
+    columns = read_manifest(manifest)
+    column = _path_column(columns, kind)
+    if column not in columns:
         raise UserError(f"{manifest} has no 'path' column{nearest('path', columns)}")
-    names = columns.pop("path")
-    if not names:
+    if not columns[column]:
         raise UserError(f"{manifest} lists no file")
-    folder = os.path.abspath(manifest.parent)  # noqa: PTH100
     paths = []
-    for row, name in enumerate(names, 1):
-        if name is None or not name.strip():
-            raise UserError(f"{manifest}: row {row} has an empty path")
-        paths.append(os.path.join(folder, name))  # noqa: PTH118 (an absolute name stays as it is)
-    if kind.timed and columns.keys() & {"start", "end"}:
-        paths = _pieces(manifest, paths, columns)
-    return Listing(root, paths, columns, rows=range(1, len(paths) + 1))
+    for row, path in enumerate(resolve(manifest, columns, column, kind), 1):
+        if path is None:
+            raise UserError(f"{manifest}: row {row} has an empty {column}")
+        paths.append(path)
+    others = {name: values for name, values in columns.items() if name != column}
+    return Listing(root, paths, others, rows=range(1, len(paths) + 1))
 
 
-def _pieces(manifest: Path, paths: list[str], columns: Columns) -> list[str]:
+def own_column(columns: Columns, kind: Media) -> str | None:
+    """Return the column of a manifest that holds one kind and no other; None where there is none."""
+    names = (f"{kind.name}_path", ITSELF.get(kind.name))
+    return next((name for name in names if name in columns), None)
+
+
+def _path_column(columns: Columns, kind: Media) -> str:
+    """Return the column in which a manifest, perhaps of several modalities, has the files of a kind."""
+    own = own_column(columns, kind)
+    # Beside files of its own, a caption is what is said of them.
+    files = (_suffix(name) in kind.suffixes for name in columns.get("path", ()) if name)
+    return "path" if own is None or (own == ITSELF.get(kind.name) and any(files)) else own
+
+
+def resolve(manifest: Path, columns: Columns, column: str, kind: Media) -> list[str | None]:
+    """Return a manifest's paths in ``column`` as absolute ones, None where the cell is empty.
+
+    They are pieces where rows have a start or an end; raises UserError for times that make none.
+    """
+    if column == ITSELF.get(kind.name):
+        return [inline.join(text) if text and text.strip() else None for text in columns[column]]
+    folder = os.path.abspath(manifest.parent)  # noqa: PTH100
+    paths = [
+        os.path.join(folder, name) if name and name.strip() else None  # noqa: PTH118 (an absolute name stays as it is)
+        for name in columns[column]
+    ]
+    return _pieces(manifest, paths, columns) if kind.timed and columns.keys() & {"start", "end"} else paths
+
+
+def _pieces(manifest: Path, paths: Sequence[str | None], columns: Columns) -> list[str | None]:
     nothing: list[str | None] = [None] * len(paths)
-    pieces = []
+    pieces: list[str | None] = []
     for row, (path, *times) in enumerate(
         zip(paths, columns.get("start", nothing), columns.get("end", nothing), strict=True), 1
     ):
+        if path is None:
+            pieces.append(None)
+            continue
         if any(time is not None for time in times) and fragment.split(path).file != path:
             raise UserError(f"{manifest}: row {row} names a piece ({path}) and gives start or end too; use one of them")
         try:

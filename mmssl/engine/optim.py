@@ -39,7 +39,7 @@ def layer_of(name: str, depth: int) -> int:
     block = re.search(r"backbone\.blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
-    return 0 if re.search(r"(^|\.)(_?tokenizer|cls_token|backbone\.reader)\b", name) else depth + 1
+    return 0 if re.search(r"(^|\.)(_?tokenizer|cls_token|backbone\.(reader|pre_norm))\b", name) else depth + 1
 
 
 def adamw(groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.AdamW:

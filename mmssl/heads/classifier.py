@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from mmssl.backbones.blocks import MLP, attend
 from mmssl.config import Piece
+from mmssl.contracts import Pooling
 from mmssl.errors import UserError
 from mmssl.heads.batch_norm import BatchNorm
 
-Pool: TypeAlias = Literal["mean", "cls", "cls+mean", "attentive"]
+Pool: TypeAlias = Literal[Pooling, "cls+mean", "attentive"]
 
 
 class HeadConfig(Piece):
     """What stands between an encoder and its class scores."""
 
     pool: Pool | None = None
-    """How tokens become one vector: their mean, the class token, both behind each other, or a learned query that
-    attends to them; null is the encoder's own way."""
+    """How tokens become one vector: their mean, the class token, the last one, class token and mean behind each other,
+    or a learned query that attends to them; null is the encoder's own way."""
     layers: Annotated[int, Field(gt=0)] = 1
     """How many of the last blocks are pooled, each through the encoder's final norm, and concatenated."""
     batch_norm: bool = False
@@ -30,7 +31,7 @@ class HeadConfig(Piece):
     num_heads: Annotated[int, Field(gt=0)] = 1
     """Heads of the attentive pooling; must divide the encoder's width."""
 
-    def build(self, dim: int, num_prefix: int, pool: Literal["mean", "cls"], num_classes: int) -> "ClassifierHead":
+    def build(self, dim: int, num_prefix: int, pool: Pooling, num_classes: int) -> "ClassifierHead":
         """Make the head for an encoder of width ``dim`` that pools by ``pool`` itself.
 
         Raises ValueError where there is no class token to pool, or heads do not divide the width.
@@ -82,7 +83,26 @@ class ClassifierHead(nn.Module):
             return self.queries[i](tokens, pad)  # type: ignore[no-any-return]
         if self.pool == "cls+mean":
             return torch.cat([latent[:, 0], mean_pool(tokens, pad)], dim=1)
-        return latent[:, 0] if self.pool == "cls" else mean_pool(tokens, pad)
+        return pooled(latent, self.num_prefix, self.pool, pad)
+
+
+def pooled(latent: Tensor, num_prefix: int, pool: Pooling, pad: Tensor | None = None) -> Tensor:
+    """Return one vector per sample, [B, num_prefix + N, D] -> [B, D]; tokens where ``pad`` [B, N] is True do not count.
+
+    "last" is the last token before the padding, which comes last.
+    """
+    if pool == "cls":
+        return latent[:, 0]
+    tokens = latent[:, num_prefix:]
+    return mean_pool(tokens, pad) if pool == "mean" else last_pool(tokens, pad)
+
+
+def last_pool(tokens: Tensor, pad: Tensor | None) -> Tensor:
+    """Return the last token before the padding, [B, N, D] -> [B, D]; the first where all is padding."""
+    if pad is None:
+        return tokens[:, -1]
+    last = (~pad).sum(1).sub(1).clamp(min=0)
+    return tokens[torch.arange(len(tokens), device=tokens.device), last]
 
 
 def mean_pool(tokens: Tensor, pad: Tensor | None) -> Tensor:

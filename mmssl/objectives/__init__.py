@@ -2,6 +2,7 @@
 
 from mmssl.config import ObjectiveConfig
 from mmssl.objectives.classify import ClassifyConfig
+from mmssl.objectives.clip import CLIPConfig
 from mmssl.objectives.cpc import CPCConfig
 from mmssl.objectives.mae import MAEConfig
 from mmssl.objectives.siam_mae import SiamMAEConfig
@@ -10,5 +11,6 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "mae": MAEConfig,
     "siam_mae": SiamMAEConfig,
     "cpc": CPCConfig,
+    "clip": CLIPConfig,
     "classify": ClassifyConfig,
 }

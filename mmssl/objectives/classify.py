@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmssl.config import ObjectiveConfig
-from mmssl.contracts import Batch, Draw, EncoderModule, Step
+from mmssl.contracts import Batch, Draw, EncoderModule, Kept, Step
 from mmssl.engine.optim import layer_of
 from mmssl.heads.classifier import ClassifierHead, HeadConfig
 from mmssl.mixing import MixConfig, MixDraw, mix, partner
@@ -72,7 +72,7 @@ class ClassifyConfig(ObjectiveConfig):
 
 
 class Classify(nn.Module):
-    """Cross-entropy of a head on the encoder; implements ``mmssl.contracts.Classifies``."""
+    """Cross-entropy of a head on the encoder; implements ``mmssl.contracts.Keeps``."""
 
     inputs: tuple[str, ...] = ("signal",)
     weights: Tensor | None
@@ -91,7 +91,7 @@ class Classify(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
         self.label_smoothing, self.mix, self.multi_label = label_smoothing, mix or MixConfig(), multi_label
-        self._facts = dict(facts or {})
+        self.facts = dict(facts or {})
         self.register_buffer("weights", None if class_weights is None else torch.tensor(class_weights), False)
         assert isinstance(encoder, nn.Module)
         if encoder.output == "latent":  # of no use here, and engines expect a gradient for whatever is trained
@@ -113,9 +113,9 @@ class Classify(nn.Module):
         """Return the encoder, by its modality."""
         return {self.encoder.modality: self.encoder}
 
-    def classifier(self) -> tuple[nn.Module, dict[str, Any]]:
-        """Return the head that is kept beside the encoder, and the settings to make it again."""
-        return self.head, self._facts
+    def kept(self) -> dict[str, Kept]:
+        """Return the head, a classifier of the classes whose names are among its facts."""
+        return {self.encoder.modality: Kept("classifier", self.head, self.facts)}
 
     def draw(self) -> Draw | None:
         """Return how the data workers draw the mixing of each sample."""

@@ -48,6 +48,11 @@ def check_maskable(encoder: EncoderModule) -> None:
             "masked autoencoding needs patches that do not overlap, or what is masked shows in its neighbours: "
             "take another model.tokenizer.name"
         )
+    if encoder.tokenizer.symbols:
+        raise ValueError(
+            f"masked autoencoding predicts values, but those of modality {encoder.modality} are symbols, between which "
+            "there is no distance"
+        )
     if isinstance(encoder.backbone, Streams | PixelCNN):
         raise ValueError(
             "masked autoencoding needs a backbone that looks at all tokens, but this one reads them in their order: "

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mmssl.config import validate
-from mmssl.contracts import Classifies
+from mmssl.contracts import Keeps
 from mmssl.engine.optim import adamw, param_groups
 from mmssl.engine.torch_engine import TorchEngine
 from mmssl.errors import UserError
@@ -170,8 +170,9 @@ def test_several_labels_are_one_decision_per_class(classify):
 
 def test_the_classifier_is_told_with_what_it_takes_to_make_it_again(classify):
     objective = classify(multi_label=True)
-    assert isinstance(objective, Classifies)
-    head, facts = objective.classifier()
+    assert isinstance(objective, Keeps)
+    (name, head, facts) = objective.kept()["image"]
+    assert name == "classifier"
     assert head is objective.head
     again = ClassifyConfig(**facts)
     assert (again.classes, again.multi_label) == (CLASSES, True)

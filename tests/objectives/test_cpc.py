@@ -17,7 +17,7 @@ from mmssl.objectives.cpc import CPC, lines, turn
 from modalities.encoder import MODALITIES
 from tasks.build import as_objective, build_objective, load_recipe
 from tasks.cli import main
-from tasks.fit import make_buckets
+from tasks.batches import make_buckets
 from tasks.pretrain import pretrain
 
 RATE, HOP, SAMPLES = 8000, 40, 1280

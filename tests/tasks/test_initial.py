@@ -16,7 +16,7 @@ def classifier(encoder):
 
 def weights_of(objective):
     state = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
-    return Weights(state, "runs/a", objective.encoder.tokenizer.grid)
+    return Weights(state, "runs/a", {"encoder.": objective.encoder.tokenizer.grid})
 
 
 def test_from_a_pretrained_objective_to_another_task(tiny_mae, tiny_encoder):

@@ -41,7 +41,7 @@ def folder(objective, tmp_path):
 
     def make(**facts):
         objective.encoder.save(tmp_path / "made")
-        head, own = objective.classifier()
+        _, head, own = objective.kept()["image"]
         save_classifier(tmp_path / "made", {**own, **facts}, head.state_dict())
         return tmp_path / "made"
 

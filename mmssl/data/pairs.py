@@ -1,0 +1,94 @@
+"""What belongs together: rows of a manifest, or files of one name, with media of several modalities in each.
+
+A manifest has a column per modality: ``image_path``, ``video_path``, ``audio_path``, ``text_path``. Texts may stand in
+the manifest itself, under ``caption``; and what ``path`` holds is of the one modality that no other column gives. In a
+folder without a manifest, ``a/b.jpg`` and ``a/b.txt`` belong together.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mmssl.contracts import Media
+from mmssl.data.listing import ITSELF, Columns, Listing, list_files, manifest_of, own_column, read_manifest, resolve
+from mmssl.errors import UserError
+
+
+def list_pairs(
+    path: str | Path, kinds: Sequence[Media], split: str | None = None, default_split: str | None = None
+) -> Listing:
+    """Return rows with media of two or more modalities; the first of ``kinds`` is the one that the others go with.
+
+    ``Listing.media`` holds each row's paths, None where it has none of a modality; the paths of the listing itself are
+    those of the first that a row has. Of more than two modalities a row needs not have all. ``split`` and
+    ``default_split`` as in ``list_files``. Raises UserError, one sentence, for a path without such rows and for a row
+    without two of them.
+    """
+    root = Path(path)
+    manifest = manifest_of(root)
+    listing = _by_name(root, kinds) if manifest is None else _rows(root, manifest, kinds)
+    if split is None and default_split in listing.columns.get("split", []):
+        split = default_split
+    listing = listing if split is None else listing.split(split)
+    _check(listing, kinds)
+    return listing
+
+
+def _rows(root: Path, manifest: Path, kinds: Sequence[Media]) -> Listing:
+    columns = read_manifest(manifest)
+    media = {kind.name: _column(manifest, columns, kind, kinds) for kind in kinds}
+    count = len(next(iter(media.values())))
+    if not count:
+        raise UserError(f"{manifest} lists nothing")
+    return _listing(root, media, columns, range(1, count + 1))
+
+
+def _column(manifest: Path, columns: Columns, kind: Media, kinds: Sequence[Media]) -> list[str | None]:
+    """Return where each row's medium of a kind is, an absolute path or the text itself; None where it has none."""
+    own = own_column(columns, kind)
+    if own is not None:
+        return resolve(manifest, columns, own, kind)
+    without = [one.name for one in kinds if own_column(columns, one) is None]
+    if "path" in columns and without == [kind.name]:
+        return resolve(manifest, columns, "path", kind)
+    ways = [f"{kind.name}_path", ITSELF.get(kind.name), "path" if without == [kind.name] else None]
+    raise UserError(
+        f"{manifest} says nothing of modality {kind.name}: it needs a column {' or '.join(filter(None, ways))}, but "
+        f"has {', '.join(columns) or 'none'}"
+    )
+
+
+def _by_name(root: Path, kinds: Sequence[Media]) -> Listing:
+    """Return the files of a folder that have one name but for the suffix."""
+    found: dict[str, dict[str, str | None]] = {}
+    for kind in kinds:
+        for path in list_files(root, kind).paths:
+            stem = os.path.splitext(path)[0]  # noqa: PTH122 (strings: there may be a million)
+            row = found.setdefault(stem, {})
+            if kind.name in row:
+                raise UserError(
+                    f"{root}: {path} and {row[kind.name]} have one name; which of them belongs to the rest?"
+                )
+            row[kind.name] = path
+    rows = [row for _, row in sorted(found.items()) if len(row) > 1]
+    if not rows:
+        names = " and ".join(kind.name for kind in kinds)
+        raise UserError(
+            f"{root}: no files of {names} belong together: give them one name (a.jpg and a.txt), or write a manifest"
+        )
+    return _listing(root, {kind.name: [row.get(kind.name) for row in rows] for kind in kinds}, {}, ())
+
+
+def _listing(root: Path, media: Mapping[str, list[str | None]], columns: Columns, rows: Sequence[int]) -> Listing:
+    paths = [next(filter(None, row), "") for row in zip(*media.values(), strict=True)]
+    return Listing(root, paths, columns, rows=rows, media=dict(media))
+
+
+def _check(listing: Listing, kinds: Sequence[Media]) -> None:
+    first, *others = (kind.name for kind in kinds)
+    for i in range(len(listing)):
+        there = {name for name, paths in listing.media.items() if paths[i] is not None}
+        if first not in there or len(there) < 2:
+            missing = first if first not in there else " or ".join(others)
+            row = f"row {listing.rows[i]}" if listing.rows else listing.name(i)
+            raise UserError(f"{listing.root}: {row} has no {missing}, so that there is nothing that belongs together")

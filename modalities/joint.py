@@ -1,0 +1,178 @@
+"""Encoders with a way into a space that several modalities share: what CLIP leaves behind."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmssl.config import Piece, validate
+from mmssl.errors import UserError, nearest
+from mmssl.objectives.clip import SIGMOID_BIAS, Loss, Temperature, projection, unit
+from modalities.encoder import Encoder, encoder_folder, load
+from modalities.heads import has_head, read_head, write_head
+from modalities.views import in_groups, over_views
+
+NAME = "joint"
+
+
+class JointFacts(Piece):
+    """What a way into a joint space is made from."""
+
+    dim: int = Field(gt=0)
+    """Width of the joint space."""
+    loss: Loss
+    """What it was learned with."""
+    projected: bool = True
+    """Whether pooled vectors are projected, or are those of the joint space already."""
+    towers: tuple[str, ...] = ()
+    """The modalities that share the space, the centre first."""
+
+
+class JointEncoder:
+    """Turns files or signals of one modality into unit vectors that compare with those of the others."""
+
+    def __init__(self, path: str | Path, signal: Mapping[str, Any] | None = None) -> None:
+        """Load it, on the CPU, as ``mmssl.load`` does; raises UserError where the encoder has no way into such a space.
+
+        ``path`` is an encoder folder of a run with several towers.
+        """
+        folder = encoder_folder(Path(path))
+        self.encoder: Encoder = load(folder, signal)
+        if not has_head(folder, NAME):
+            raise UserError(
+                f"{path} holds an encoder of modality {self.encoder.modality} alone, which compares with no other; one "
+                "that was trained with objective.name 'clip' is needed"
+            )
+        stored, tensors = read_head(folder, NAME)
+        self.facts = validate(JointFacts, stored, str(folder / f"{NAME}.json"))
+        head = nn.ModuleDict(
+            {
+                "projection": projection(self.encoder.dim, self.facts.dim) if self.facts.projected else nn.Identity(),
+                "temperature": Temperature(1.0, SIGMOID_BIAS if self.facts.loss == "sigmoid" else None),
+            }
+        )
+        try:
+            head.load_state_dict(tensors)
+        except RuntimeError as error:
+            words = str(error).splitlines()[-1].strip()
+            raise UserError(f"{folder}: {NAME}.safetensors does not fit {NAME}.json ({words})") from None
+        self.head = head.eval()
+
+    @property
+    def modality(self) -> str:
+        """The encoder's."""
+        return self.encoder.modality
+
+    @property
+    def dim(self) -> int:
+        """Width of the joint space."""
+        return self.facts.dim
+
+    @property
+    def temperature(self) -> Temperature:
+        """What similarities are to be multiplied with, as learned."""
+        found = self.head["temperature"]
+        assert isinstance(found, Temperature)
+        return found
+
+    def to(self, device: torch.device) -> "JointEncoder":
+        """Move it to a device."""
+        self.encoder.to(device)
+        self.head.to(device)
+        return self
+
+    def embed(self, inputs: Any, batch_size: int | None = None) -> Tensor:
+        """Return one unit vector per input, float32 [n, dim] on the CPU; inputs and errors as ``Encoder.embed``."""
+        vectors: list[Tensor] = []
+        for signals in self.encoder.batches(inputs, batch_size):
+            vectors += in_groups(signals, lambda batch: self.features(batch).cpu())
+        return torch.stack(vectors) if vectors else torch.empty(0, self.dim)
+
+    @torch.no_grad()
+    def features(self, signal: Tensor) -> Tensor:
+        """Return unit vectors float32 [B, dim] for preprocessed signals [B, C, *size]; of several views the mean's."""
+
+        def joint(x: Tensor) -> Tensor:
+            return unit(self.head["projection"](self.encoder.features(x)))
+
+        vectors = over_views(joint, signal, self.encoder.axes, self.encoder.most_signals)
+        return unit(vectors.mean(1)) if vectors.ndim == 3 else vectors
+
+    @property
+    def decode(self) -> Callable[[str], Any]:
+        """The encoder's decoder."""
+        return self.encoder.decode
+
+    @property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """The encoder's evaluation transform."""
+        return self.encoder.transform
+
+    @property
+    def batch_size(self) -> int:
+        """The encoder's."""
+        return self.encoder.batch_size
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over encoder and projection: what two share if they embed alike."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{NAME} {self.encoder.fingerprint()}".encode())
+        for name, tensor in sorted(self.head["projection"].state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def joint_encoders(path: str | Path) -> dict[str, JointEncoder]:
+    """Return the encoders of a run with several towers, by modality, the centre of their space first.
+
+    Raises UserError for anything else; of one tower's own folder it names the run.
+    """
+    run = Path(path)
+    if run.exists() and has_head(run, NAME):
+        raise UserError(f"{path} is one of several towers; name the run that they are in: {run.absolute().parent}")
+    folders = sorted(folder for folder in run.glob("encoder-*") if has_head(folder, NAME))
+    if not folders:
+        folder = encoder_folder(run)
+        raise UserError(
+            f"{path} has one encoder, {load(folder).modality}, and nothing to compare it with; a run with several "
+            "towers (objective.name 'clip') is needed"
+        )
+    found = {one.modality: one for one in map(JointEncoder, folders)}
+    towers = next(iter(found.values())).facts.towers
+    missing = [name for name in towers if name not in found]
+    if missing or set(found) - set(towers):
+        raise UserError(
+            f"{path} holds the towers {', '.join(found)}, but they were trained as {', '.join(towers)}; "
+            "copy the run as a whole"
+        )
+    return {name: found[name] for name in towers}
+
+
+def of_modality(encoders: Mapping[str, JointEncoder], modality: str, path: str | Path) -> JointEncoder:
+    """Return the tower of a modality; raises UserError naming those that there are."""
+    if modality not in encoders:
+        raise UserError(f"{path} has no tower of modality '{modality}'{nearest(modality, encoders)}")
+    return encoders[modality]
+
+
+def save_joint(folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a way into a joint space (see ``Keeps.kept``) into an encoder folder."""
+    others = ", ".join(facts["towers"])
+    write_head(
+        folder,
+        NAME,
+        facts,
+        tensors,
+        f"the way into a space of {facts['dim']} dimensions that {others} share",
+        "vectors of its `JointEncoder` compare by their inner products.\n\n"
+        '```python\nfrom mmssl import JointEncoder\nvectors = JointEncoder("this/folder").embed(["a-file"])\n```',
+    )

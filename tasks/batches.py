@@ -1,0 +1,113 @@
+"""From a recipe and a path to batches: which files are trained on, what reads them, in which order."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmssl.contracts import Tokenizer, Views
+from mmssl.data.dataset import Bucket, Plan, Samples, Stream, loader, worker_count
+from mmssl.data.fragment import file_of
+from mmssl.data.guard import BrokenFile
+from mmssl.data.listing import Listing, list_files
+from mmssl.data.pairs import list_pairs
+from mmssl.distributed import World
+from mmssl.errors import UnusableData, UserError
+from modalities.encoder import MODALITIES
+from modalities.towers import TowerViews, blank
+from tasks.build import EncoderRecipe, Recipe, TowersRecipe, as_objective
+from tasks.writer import say
+
+
+def training_files(recipe: Recipe, data: str | Path, split: str | None) -> Listing:
+    """Return the files to pre-train on: those of ``split``, or of the split ``train`` where the data has splits."""
+    kinds = [MODALITIES[name].source(config.signal) for name, config in recipe.encoders.items()]
+    if isinstance(recipe, TowersRecipe):
+        return list_pairs(data, kinds, split=split, default_split="train")
+    return list_files(data, kinds[0], split=split, default_split="train")
+
+
+def say_films(recipe: Recipe, listing: Listing) -> None:
+    """Tell a person how many folders of pictures are taken as a video each; photographs that are none do not say so."""
+    for name, config in recipe.encoders.items():
+        kind = MODALITIES[name].source(config.signal)
+        paths = [path for path in listing.media.get(name, listing.paths) if path is not None]
+        films = sum(Path(file_of(path)).suffix.lower() not in kind.suffixes for path in paths)
+        if kind.frame_suffixes and films:
+            what = "is a folder" if films == 1 else "are folders"
+            say(f"{films} of {len(paths)} files {what} of numbered pictures, taken as one video each")
+
+
+def make_batches(
+    recipe: Recipe, listing: Listing, objective: nn.Module, targets: np.ndarray[Any, Any] | None, me: World, start: int,
+    device: torch.device,
+) -> Any:  # fmt: skip
+    """Return this rank's micro-batches from step ``start`` to the end."""
+    length, data, root = recipe.train, recipe.data, as_objective(objective)
+    buckets = make_buckets(recipe, listing, next(iter(root.encoders().values())).tokenizer)
+    items = list(zip(*listing.media.values(), strict=True)) if listing.media else listing.paths
+    samples = Samples(items, make_views(recipe, listing), buckets, root.draw(), length.seed, data.timeout, targets)
+    streams = [Stream(bucket.members, length.seed, b, data.repeats) for b, bucket in enumerate(buckets)]
+    plan = Plan(streams, length.batch_size, length.accumulate, me, start, recipe.steps(len(listing)))
+    return loader(samples, plan, worker_count(data.workers, me), pin=device.type == "cuda")
+
+
+def make_views(recipe: Recipe, listing: Listing) -> Views:
+    """Return what reads an item of the listing: a file, or a row of them.
+
+    Raises UnusableData where a modality that is missing in some rows cannot be read in any of the others.
+    """
+    views = {name: MODALITIES[name].views(one.signal, one.model.tokenizer) for name, one in recipe.encoders.items()}
+    if not isinstance(recipe, TowersRecipe):
+        return next(iter(views.values()))
+    sizes = {name: MODALITIES[name].sizes(one.signal, one.model.tokenizer)[0] for name, one in recipe.encoders.items()}
+    blanks = {}
+    for name in views:
+        if None in listing.media[name]:
+            try:
+                blanks[name] = blank(views[name], listing.media[name], sizes[name])
+            except BrokenFile as error:
+                raise UnusableData(f"{listing.root}: no {name} can be read ({error.reason})") from None
+    return TowerViews(views, sizes, blanks)
+
+
+def make_buckets(recipe: Recipe, listing: Listing, tokenizer: Tokenizer) -> list[Bucket]:
+    """Return the files by the size of signal that suits them, and by what the samples of a batch must agree in.
+
+    All are in one bucket where the recipe has one size and they need not agree in anything. Raises UserError where the
+    files do not say what they would have to agree in.
+    """
+    groups = agreeing(listing, recipe.objective.together)
+    return [
+        bucket._replace(members=members, substitutes=None if group is None else sorted(group))
+        for bucket in sized_buckets(recipe, listing, tokenizer)
+        for group in groups
+        if (members := bucket.members if group is None else [i for i in bucket.members if i in group])
+    ]
+
+
+def agreeing(listing: Listing, column: str | None) -> list[set[int] | None]:
+    """Return the files that have one value in a manifest's ``column``, for each value in it; None: all files."""
+    if column is None:
+        return [None]
+    groups: dict[str, set[int]] = {}
+    for i, value in enumerate(listing.labels(column)):
+        groups.setdefault(value, set()).add(i)
+    return list(groups.values())
+
+
+def sized_buckets(recipe: Recipe, listing: Listing, tokenizer: Tokenizer) -> list[Bucket]:
+    """Return the files by the size of signal that suits them; rows of several modalities have one size."""
+    found = {name: MODALITIES[name].sizes(one.signal, one.model.tokenizer) for name, one in recipe.encoders.items()}
+    sizes = next(iter(found.values()))
+    if not isinstance(recipe, EncoderRecipe):
+        for name, several in found.items():
+            if len(several) > 1:
+                raise UserError(f"towers.{name}.signal has {len(several)} sizes, but a tower takes one")
+    if len(sizes) == 1 or not isinstance(recipe, EncoderRecipe):
+        return [Bucket(sizes[0], tokenizer.grid, range(len(listing)))]
+    kind = MODALITIES[recipe.modality]
+    chosen = np.array([kind.bucket(path, recipe.signal) for path in listing.paths])
+    return [Bucket(size, tokenizer.grid_of(size), np.flatnonzero(chosen == b).tolist()) for b, size in enumerate(sizes)]

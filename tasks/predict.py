@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mmssl.contracts import Media
 from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UserError
 from mmssl.files import replacing_file
@@ -86,7 +87,7 @@ def predict(
     out = None if out is None else checked(Path(out))
     if not isinstance(classifier, Classifier):
         classifier = Classifier(classifier).to(default_device())
-    files, names = listed(classifier, [paths] if isinstance(paths, str | Path) else paths, split)
+    files, names = listed(classifier.encoder.kind, [paths] if isinstance(paths, str | Path) else paths, split)
     found = extract(classifier, files, skip_broken=skip_broken, cache=None)
     best = classifier.ranked(found.vectors, top)
     kept = set(found.kept)
@@ -101,11 +102,10 @@ def predict(
     return result
 
 
-def listed(classifier: Classifier, paths: Sequence[str | Path], split: str | None = None) -> tuple[Listing, list[str]]:
+def listed(kind: Media, paths: Sequence[str | Path], split: str | None = None) -> tuple[Listing, list[str]]:
     """Return the files that paths mean as one listing, and each file's path as the person would write it."""
     files: list[str] = []
     names: list[str] = []
-    kind = classifier.encoder.kind
     for path in map(Path, paths):
         found = list_files(path, kind, split=split)
         one = found.paths == [os.path.abspath(path)]  # noqa: PTH100 - a folder of frames is a file too

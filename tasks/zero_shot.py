@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from mmssl.data.listing import Listing
 from mmssl.errors import UserError
 from mmssl.files import write_json
-from modalities.classifier import Classifier
 from tasks.features import ExtractOptions, Features, Samples, commonest_share, extract
 from tasks.finetune import recall
 from tasks.finetune_result import Measured
@@ -43,7 +42,7 @@ def name_files(
         raise UserError(f"--top {top}: give a number from 1")
     out = None if out is None else checked(Path(out))
     # Of a classifier it asks for the encoder, to know the modality.
-    files, names = listed(cast(Classifier, classifier.reader), paths, split)
+    files, names = listed(classifier.reader.encoder.kind, paths, split)
     found = extract(classifier, files, skip_broken=skip_broken, cache=None)
     kept = set(found.kept)
     left = [names[i] for i in range(len(files)) if i not in kept]

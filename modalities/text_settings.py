@@ -8,10 +8,13 @@ from pydantic import Field, field_validator, model_validator
 from mmssl.backbones.conv import Norm
 from mmssl.backbones.positions import PositionKind
 from mmssl.config import Piece
+from mmssl.errors import UserError
 from modalities.text_bpe import LEAST_VOCABULARY, vocabulary
 from modalities.text_read import LONGEST_CHARACTER, Lines
 
 Above0 = Annotated[int, Field(gt=0)]
+GREATEST_VOCABULARY = 2**20
+"""Four times the largest that are in use; the trainer takes memory for all that there may be."""
 
 
 class TextSignal(Piece):
@@ -72,7 +75,7 @@ class BPETokenizer(Piece):
     """How words and parts of words become tokens: byte-level BPE, as in CLIP (arXiv:2103.00020, section 2.4)."""
 
     name: Literal["bpe"] = "bpe"
-    vocab_size: Annotated[int, Field(ge=LEAST_VOCABULARY)] = 8192
+    vocab_size: Annotated[int, Field(ge=LEAST_VOCABULARY, le=GREATEST_VOCABULARY)] = 8192
     """Tokens that there may be (CLIP's are 49408): 256 bytes, the same at the end of a word, start and end of text, and
     one more per merge."""
     merges: str | None = None
@@ -83,9 +86,9 @@ class BPETokenizer(Piece):
     positions: PositionKind = "learned"
 
     def known(self) -> str:
-        """Return the merges; raises ValueError where they are still to be learned."""
+        """Return the merges; raises UserError where there are none yet."""
         if self.merges is None:
-            raise ValueError("model.tokenizer.merges are not there: the vocabulary is learned when training starts")
+            raise UserError("model.tokenizer.merges is null: the vocabulary is learned when training starts")
         return self.merges
 
     @model_validator(mode="after")

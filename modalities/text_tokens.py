@@ -18,7 +18,7 @@ from mmssl.backbones.conv import Norm, StridedConvs
 from mmssl.backbones.positions import PositionKind, Positions
 from mmssl.contracts import Batch, Grid, Size, State
 from mmssl.masking import gather
-from modalities.text_bpe import coder
+from modalities.text_bpe import coder, vocabulary
 
 VALUES = 257
 """Padding, and 256 bytes."""
@@ -171,6 +171,8 @@ class Subwords(nn.Module):
         self, context: int, vocab_size: int, dim: int, positions: PositionKind = "learned", merges: str | None = None
     ) -> None:
         super().__init__()
+        if merges is not None and (size := len(vocabulary(merges))) > vocab_size:
+            raise ValueError(f"vocab_size {vocab_size} is less than the {size} tokens that its merges make")
         self.dim, self.merges = dim, merges
         self.widens = float(dim)
         self.size: Size = (context,)
@@ -202,7 +204,10 @@ class Subwords(nn.Module):
         return batch["signal"][:, 0] == 0
 
     def embed(self, patches: Tensor, index: Tensor | None = None, grid: Grid | None = None) -> Tensor:
-        """Embed the tokens [B, N, 1] at ``index`` [B, K], and only those, with their positions: [B, K, D]."""
+        """Embed the tokens [B, N, 1] at ``index`` [B, K], and only those, with their positions: [B, K, D].
+
+        Raises IndexError for a token that there is not.
+        """
         positions = self.positions(self.grid if grid is None else grid)
         if index is None:
             return cast(Tensor, self.words(self._numbers(patches)) + positions)
@@ -210,7 +215,7 @@ class Subwords(nn.Module):
 
     def _numbers(self, patches: Tensor) -> Tensor:
         # Padding is embedded as any token, for nobody looks at it.
-        return (patches[..., 0].long() - 1).clamp(0, self.words.num_embeddings - 1)
+        return (patches[..., 0].long() - 1).clamp(min=0)
 
     def target(self, patches: Tensor) -> Tensor:
         """Return the numbers as they are."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmssl.contracts import Size, Views
-from mmssl.data.guard import BrokenFile
+from mmssl.data.guard import BrokenFile, guarded
 
 Row = tuple[str | None, ...]
 """The paths of what belongs together, one per modality, None for what is missing."""
@@ -26,6 +26,8 @@ class TowerViews:
     sizes: Mapping[str, Size]
     blanks: Mapping[str, Blank]
     """For each modality that is missing in some row, a sample of zeros."""
+    timeout: float | None = None
+    """Seconds after which a decoder that still works on one file is interrupted; None is never."""
 
     def __call__(self, row: Row, rngs: Sequence[np.random.Generator], size: Size) -> list[dict[str, Tensor]]:
         """Return a sample per generator; ``size`` is not used. Raises BrokenFile, which names the modality."""
@@ -43,13 +45,13 @@ class TowerViews:
         if path is None:
             return [self.blanks[name]] * len(rngs)
         try:
-            return views(path, rngs, self.sizes[name])
+            return guarded(lambda file: views(file, rngs, self.sizes[name]), path, self.timeout)
         except BrokenFile as error:
             raise BrokenFile(f"its {name}: {error.reason}") from None
 
 
-def blank(views: Views, paths: Sequence[str | None], size: Size) -> Blank:
-    """Return a sample of zeros like those that ``views`` makes of the first file that it can read.
+def blank(views: Views, paths: Sequence[str | None], size: Size, timeout: float | None = None) -> Blank:
+    """Return a sample of zeros like those that ``views`` makes of the first file that it can read in time.
 
     Raises BrokenFile where it can read none.
     """
@@ -58,7 +60,7 @@ def blank(views: Views, paths: Sequence[str | None], size: Size) -> Blank:
         if path is None:
             continue
         try:
-            (sample,) = views(path, [np.random.default_rng(0)], size)
+            (sample,) = guarded(lambda file: views(file, [np.random.default_rng(0)], size), path, timeout)
         except BrokenFile as error:
             fault = error
         else:

@@ -14,10 +14,10 @@ from mmssl.data.guard import BrokenFile
 from mmssl.data.listing import Listing, list_files
 from mmssl.data.pairs import list_pairs
 from mmssl.distributed import World
-from mmssl.errors import UnusableData, UserError
+from mmssl.errors import UnusableData
 from modalities.encoder import MODALITIES
 from modalities.towers import TowerViews, blank
-from tasks.build import EncoderRecipe, Recipe, TowersRecipe, as_objective
+from tasks.build import Recipe, TowersRecipe, as_objective, sizes_of
 from tasks.writer import say
 
 
@@ -48,7 +48,8 @@ def make_batches(
     length, data, root = recipe.train, recipe.data, as_objective(objective)
     buckets = make_buckets(recipe, listing, next(iter(root.encoders().values())).tokenizer)
     items = list(zip(*listing.media.values(), strict=True)) if listing.media else listing.paths
-    samples = Samples(items, make_views(recipe, listing), buckets, root.draw(), length.seed, data.timeout, targets)
+    timeout = None if listing.media else data.timeout  # views of rows have it for each file
+    samples = Samples(items, make_views(recipe, listing), buckets, root.draw(), length.seed, timeout, targets)
     streams = [Stream(bucket.members, length.seed, b, data.repeats) for b, bucket in enumerate(buckets)]
     plan = Plan(streams, length.batch_size, length.accumulate, me, start, recipe.steps(len(listing)))
     return loader(samples, plan, worker_count(data.workers, me), pin=device.type == "cuda")
@@ -63,14 +64,14 @@ def make_views(recipe: Recipe, listing: Listing) -> Views:
     if not isinstance(recipe, TowersRecipe):
         return next(iter(views.values()))
     sizes = {name: MODALITIES[name].sizes(one.signal, one.model.tokenizer)[0] for name, one in recipe.encoders.items()}
-    blanks = {}
+    blanks, timeout = {}, recipe.data.timeout
     for name in views:
         if None in listing.media[name]:
             try:
-                blanks[name] = blank(views[name], listing.media[name], sizes[name])
+                blanks[name] = blank(views[name], listing.media[name], sizes[name], timeout)
             except BrokenFile as error:
                 raise UnusableData(f"{listing.root}: no {name} can be read ({error.reason})") from None
-    return TowerViews(views, sizes, blanks)
+    return TowerViews(views, sizes, blanks, timeout)
 
 
 def make_buckets(recipe: Recipe, listing: Listing, tokenizer: Tokenizer) -> list[Bucket]:
@@ -100,14 +101,9 @@ def agreeing(listing: Listing, column: str | None) -> list[set[int] | None]:
 
 def sized_buckets(recipe: Recipe, listing: Listing, tokenizer: Tokenizer) -> list[Bucket]:
     """Return the files by the size of signal that suits them; rows of several modalities have one size."""
-    found = {name: MODALITIES[name].sizes(one.signal, one.model.tokenizer) for name, one in recipe.encoders.items()}
-    sizes = next(iter(found.values()))
-    if not isinstance(recipe, EncoderRecipe):
-        for name, several in found.items():
-            if len(several) > 1:
-                raise UserError(f"towers.{name}.signal has {len(several)} sizes, but a tower takes one")
-    if len(sizes) == 1 or not isinstance(recipe, EncoderRecipe):
+    sizes = sizes_of(recipe)
+    if len(sizes) == 1:
         return [Bucket(sizes[0], tokenizer.grid, range(len(listing)))]
-    kind = MODALITIES[recipe.modality]
-    chosen = np.array([kind.bucket(path, recipe.signal) for path in listing.paths])
+    ((modality, config),) = recipe.encoders.items()
+    chosen = np.array([MODALITIES[modality].bucket(path, config.signal) for path in listing.paths])
     return [Bucket(size, tokenizer.grid_of(size), np.flatnonzero(chosen == b).tolist()) for b, size in enumerate(sizes)]

@@ -51,6 +51,10 @@ class Recipe(Piece, ABC):
         """What its encoders are made from, by modality."""
 
     @abstractmethod
+    def prefix(self, name: str) -> str:
+        """Return what the keys of the settings of a modality's encoder begin with."""
+
+    @abstractmethod
     def with_tokenizer(self, name: str, tokenizer: Piece) -> Self:
         """Return the recipe with other settings of the tokenizer of a modality."""
 
@@ -79,6 +83,10 @@ class EncoderRecipe(Recipe, EncoderConfig):
         """What its one encoder is made from, by its modality."""
         return {self.modality: self}
 
+    def prefix(self, name: str) -> str:
+        """Return nothing: they stand at the top."""
+        return ""
+
     def with_tokenizer(self, name: str, tokenizer: Piece) -> Self:
         """Return the recipe with other settings of its tokenizer."""
         return with_tokenizer(self, tokenizer)
@@ -101,6 +109,10 @@ class TowersRecipe(Recipe):
     def encoders(self) -> dict[str, EncoderConfig]:
         """What its encoders are made from, by modality."""
         return {name: getattr(self.towers, name) for name in type(self.towers).model_fields}
+
+    def prefix(self, name: str) -> str:
+        """Return ``towers.MODALITY.``."""
+        return f"towers.{name}."
 
     def with_tokenizer(self, name: str, tokenizer: Piece) -> Self:
         """Return the recipe with other settings of a tower's tokenizer."""
@@ -195,11 +207,13 @@ def build_objective(recipe: Recipe) -> nn.Module:
     """Make the objective, initialised from ``train.seed`` alone; ``tasks.initial`` copies others into it."""
     torch.manual_seed(recipe.train.seed)
     try:
-        encoders = {name: Encoder(config) for name, config in recipe.encoders.items()}
+        encoders = {name: build_encoder(recipe, name) for name in recipe.encoders}
         objective = recipe.objective.build(encoders)
     except ValueError as error:  # settings that are each valid but do not go together
         raise UserError(str(error)) from None
     alone = len(encoders) == 1
+    if not alone:
+        check_towers(recipe)
     given = [
         key if alone else f"{name}.{key}"
         for name, config in recipe.encoders.items()
@@ -213,6 +227,25 @@ def build_objective(recipe: Recipe) -> nn.Module:
         )
     assert isinstance(objective, nn.Module)
     return objective
+
+
+def build_encoder(recipe: Recipe, name: str) -> Encoder:
+    """Make the encoder of a modality; raises ValueError, where there are several saying which it is."""
+    try:
+        return Encoder(recipe.encoders[name])
+    except ValueError as error:
+        where = recipe.prefix(name).removesuffix(".")
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+
+
+def check_towers(recipe: Recipe) -> None:
+    """Raise UserError for settings that one encoder may have, and several together may not."""
+    for name, config in recipe.encoders.items():
+        sizes = MODALITIES[name].sizes(config.signal, config.model.tokenizer)
+        if len(sizes) > 1:
+            raise UserError(f"towers.{name}.signal has {len(sizes)} sizes, but a tower takes one")
+    if recipe.optim.layer_decay != 1 and len({config.model.blocks for config in recipe.encoders.values()}) > 1:
+        raise UserError("optim.layer_decay is for towers of one depth; leave it out")
 
 
 def sketch_objective(recipe: Recipe) -> nn.Module:
@@ -328,10 +361,8 @@ def build_engine(recipe: Recipe, objective: nn.Module, device: torch.device, ds:
 def make_optimizer(recipe: Recipe, objective: nn.Module) -> torch.optim.Optimizer:
     """Make the recipe's optimiser over what is to be trained."""
     optim = recipe.optim
-    depths = {config.model.blocks for config in recipe.encoders.values()}
-    if optim.layer_decay != 1 and len(depths) > 1:
-        raise UserError("optim.layer_decay is for towers of one depth; leave it out")
-    groups = param_groups(objective, optim.weight_decay, optim.layer_decay, max(depths))
+    depth = max(config.model.blocks for config in recipe.encoders.values())
+    groups = param_groups(objective, optim.weight_decay, optim.layer_decay, depth)
     if optim.name == "sgd":
         return sgd(groups, optim.momentum)
     return LARS(groups, optim.momentum) if optim.name == "lars" else adamw(groups, optim.betas, optim.eps)

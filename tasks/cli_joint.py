@@ -1,5 +1,6 @@
 """The commands that compare modalities with what CLIP left behind; ``tasks.cli`` puts them on the command line."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def zero_shot(
     threshold: Annotated[
         float | None, typer.Option(help="A best score below this, from 0 to 1, means: none of the classes.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Instead of the learned one.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="What similarities are divided by. [as learned]")] = None,
     modality: Annotated[
         str | None, typer.Option(help="That of the files, where several towers could read them.")
     ] = None,
@@ -92,7 +93,8 @@ def _check(files: list[Path], classes: str | None, top: int | None, test: Path |
 def parse_classes(text: str) -> list[str]:
     """Return the names in "a,b,c", or in a text file the line of each; UserError for a file that cannot be read."""
     path = Path(text)
-    if path.suffix.lower() != ".txt" and ("," in text or not path.is_file()):
+    # Not Path.is_file, which fails for a name that is too long for one.
+    if path.suffix.lower() != ".txt" and ("," in text or not os.path.isfile(path)):  # noqa: PTH113
         return [name.strip() for name in text.split(",")]
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -100,6 +102,8 @@ def parse_classes(text: str) -> list[str]:
         raise UserError(f"{path} does not exist{sibling(path)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -110,7 +114,10 @@ def retrieve(
     ],
     split: Annotated[str | None, typer.Option(help="Which split of --data; 'test' if it has one.")] = None,
     between: Annotated[
-        str | None, typer.Option(help="Two modalities, such as image,text. [the first tower with each other]")
+        str | None,
+        typer.Option(
+            help="Two modalities, such as image,text, in the rows that have both. [the first tower with each other]"
+        ),
     ] = None,
     gallery: Annotated[Path | None, typer.Option(help="A PNG of some queries with the best answers to them.")] = None,
     skip_broken: SkipBroken = False,

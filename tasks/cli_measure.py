@@ -222,22 +222,30 @@ def embed(
     frames: Annotated[
         bool, typer.Option("--frames", help="Sounds: a row for every moment, with its start and end in seconds.")
     ] = False,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="A tower's: unit vectors of the space that compare with other modalities'.")
+    ] = False,
     label_column: LabelColumn = "label",
     signal: Signal = None,
     skip_broken: SkipBroken = False,
     as_json: Json = False,
 ) -> None:
     """Write one vector per file, or one per moment."""
+    from modalities.joint import JointEncoder
     from tasks.embed import embed as run
     from tasks.embed import embed_frames
     from tasks.frames import SoundFrames
 
-    loaded = load(encoder, parse_assignments(signal or ()))
+    if frames and joint:
+        raise UserError("--joint compares whole files, and --frames is of their moments; leave one of them out")
+    settings = parse_assignments(signal or ())
+    tower = JointEncoder(encoder, settings) if joint else None
+    loaded = load(encoder, settings) if tower is None else tower.encoder
     listing = list_files(data, loaded.kind, split=split)
     if frames:
         emit(embed_frames(SoundFrames(loaded), listing, out, label_column, skip_broken=skip_broken), as_json, signal)
     else:
-        emit(run(loaded, listing, out, label_column, skip_broken=skip_broken), as_json, signal)
+        emit(run(tower or loaded, listing, out, label_column, skip_broken=skip_broken), as_json, signal)
 
 
 def show(

@@ -10,7 +10,8 @@ from mmssl.data.listing import Listing
 from modalities.audio_settings import AudioSignal, filterbank
 from modalities.encoder import Encoder
 from modalities.views import over_views
-from tasks.demo import DATA, Demo, Question
+from tasks.demo import DATA, Demo
+from tasks.demo_labels import FewLabels, Question
 from tasks.features import Extractor
 
 PRETRAINING = {
@@ -81,19 +82,21 @@ def shown(test: Listing) -> list[int]:
 
 DEMO = Demo(
     "audio",
-    "audio",
     DATA / "speech.tar.xz",
     "audio-mae-tiny",
     PRETRAINING,
-    [
-        Question("languages", "prompts", 5, finetuning=FINETUNING),
-        Question("words", "words", 8, "train-words", "test-words", finetuning=FINETUNING),
-    ],
-    baselines,
+    FewLabels(
+        "audio",
+        [
+            Question("languages", "prompts", 5, finetuning=FINETUNING),
+            Question("words", "words", 8, "train-words", "test-words", finetuning=FINETUNING),
+        ],
+        baselines,
+        shown,
+    ),
     "sounds",
     "Scratch, random weights and statistics (mean and deviation of each mel bin or cepstrum over time) are the same "
     "measurements without pre-training. English and Spanish have one speaker, French and Italian one each, so a "
     "language is told by the voice too. The words are cut out of sentences that four synthetic voices speak; test "
     "words come from other sentences, in the same voices.",
-    shown,
 )

@@ -1,7 +1,8 @@
 """The demo on pictures: handwritten digits, and emoji for their colours."""
 
 from mmssl.data.listing import Listing
-from tasks.demo import DATA, Demo, Question
+from tasks.demo import DATA, Demo
+from tasks.demo_labels import FewLabels, Question
 from tasks.features import RawPixels
 
 PRETRAINING = {
@@ -37,13 +38,15 @@ def shown(test: Listing) -> list[int]:
 
 DEMO = Demo(
     "image",
-    "image",
     DATA / "pictures.tar.xz",
     "image-mae-tiny",
     PRETRAINING,
-    [Question("digits", "digits", 10, finetuning=FINETUNING)],
-    lambda encoder: {"raw pixels": RawPixels(encoder)},
+    FewLabels(
+        "image",
+        [Question("digits", "digits", 10, finetuning=FINETUNING)],
+        lambda encoder: {"raw pixels": RawPixels(encoder)},
+        shown,
+    ),
     "pictures",
     "Scratch, random weights and raw pixels are the same measurements without pre-training.",
-    shown,
 )

@@ -7,8 +7,9 @@ import PIL.Image
 
 from mmssl.data.listing import Listing, list_files
 from modalities.encoder import Encoder
-from tasks.demo import DATA, Demo, Question
+from tasks.demo import DATA, Demo
 from tasks.demo_audio import baselines
+from tasks.demo_labels import FewLabels, Question
 from tasks.embed import embed
 from tasks.report import Pictures, Section
 from tasks.show import show
@@ -54,22 +55,24 @@ def speaker_map(encoder: Encoder, out: Path) -> list[Section]:
 
 DEMO = Demo(
     "speech",
-    "audio",
     DATA / "speech.tar.xz",
     "cpc-audio-tiny",
     PRETRAINING,
-    [
-        Question("speakers", None, 5, finetuning=FINETUNING, labels="speaker"),
-        Question("words", "words", 8, "train-words", "test-words", finetuning=FINETUNING),
-    ],
-    baselines,
+    FewLabels(
+        "audio",
+        [
+            Question("speakers", None, 5, finetuning=FINETUNING, labels="speaker"),
+            Question("words", "words", 8, "train-words", "test-words", finetuning=FINETUNING),
+        ],
+        baselines,
+        shown,
+        drawn=speaker_map,
+    ),
     "sounds",
     "Scratch, random weights and statistics (mean and deviation of each mel bin or cepstrum over time) are the same "
     "measurements without pre-training. Three people (one of them in two languages, each a label) and four synthetic "
     "voices speak; the words are cut out of what the synthetic ones say, and test words come from other sentences, in "
     "the same voices.",
-    shown,
     learner="contrastive predictive coding",
-    task="by telling which of many moments comes next",
-    drawn=speaker_map,
+    task="An encoder learned by telling which of many moments comes next.",
 )

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from mmssl.data.listing import Listing
 from modalities.encoder import Encoder
-from tasks.demo import DATA, Demo, Question
+from tasks.demo import DATA, Demo
+from tasks.demo_labels import FewLabels, Question
 from tasks.features import Extractor, RawPixels
 
 PRETRAINING = {
@@ -59,19 +60,21 @@ def shown(test: Listing) -> list[int]:
 
 DEMO = Demo(
     "video",
-    "video",
     DATA / "films.tar.xz",
     "video-mae-tiny",
     PRETRAINING,
-    [
-        Question("scenes", "scenes", 6, "train-scenes", "test-scenes", finetuning=FINETUNING),
-        Question("speeds", "speeds", 40, "train-speeds", "test-speeds", finetuning=FINETUNING),
-    ],
-    baselines,
+    FewLabels(
+        "video",
+        [
+            Question("scenes", "scenes", 6, "train-scenes", "test-scenes", finetuning=FINETUNING),
+            Question("speeds", "speeds", 40, "train-speeds", "test-speeds", finetuning=FINETUNING),
+        ],
+        baselines,
+        shown,
+    ),
     "videos",
     "Scratch, random weights and raw pixels are the same measurements without pre-training. The scenes are clips of "
     "eight seconds, the first half to learn from, the end to be recognised. A film's speed (as shot, double or "
     "fourfold) is in its motion alone: the coded frames are the same; test speeds are of other clips than the labels. "
     "Pre-training saw none of the clips that are tested.",
-    shown,
 )

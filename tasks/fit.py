@@ -4,7 +4,7 @@ Every rank walks through the same steps; rank 0 alone writes and talks.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mmssl import checkpoint
-from mmssl.config import Piece, flat, read_yaml
+from mmssl.config import Piece, flat, read_yaml, validate
 from mmssl.data.listing import Listing
 from mmssl.distributed import Council, World, world
 from mmssl.engine.loop import Limits, train
@@ -24,6 +24,7 @@ from modalities.encoder import MODALITIES
 from tasks.batches import agreeing, make_batches
 from tasks.build import (
     Recipe,
+    Tower,
     build_engine,
     build_objective,
     deepspeed_settings,
@@ -59,13 +60,14 @@ def fit(
     """
     me = world()
     check_batch(recipe, me)
-    recipe, remarks = learned(recipe, listing)
+    check_locked(recipe)
+    fresh = not (resume and checkpoint.checkpoints(run.checkpoints))
+    recipe = resumable(recipe, run) if resume else inherited(recipe)
+    recipe, remarks = learned(recipe, listing) if fresh else (recipe, [])
     ds = deepspeed_settings(recipe, me, deepspeed_config)
     objective = build_objective(recipe)
-    if not (resume and checkpoint.checkpoints(run.checkpoints)):
+    if fresh:
         start_from(objective, recipe, initial)
-    if resume:
-        check_resumable(run, recipe)
     agreeing(listing, recipe.objective.together)  # what is missing for it is told before there is a run folder
     validator = None if validation is None else make_validator(validation, recipe, objective, run, len(listing))
     device = default_device() if ds is None else join(me)
@@ -109,28 +111,43 @@ def occupy(run: Run, recipe: Recipe, resume: bool) -> None:
     run.hold()
 
 
-def learned(recipe: Recipe, listing: Listing) -> tuple[Recipe, list[str]]:
-    """Return the recipe with what its tokenizers learn from the files, and what is to be said of it.
+def inherited(recipe: Recipe) -> Recipe:
+    """Return the recipe with the tokenizers of what its encoders start from, where its own settings leave all open.
 
-    An encoder that starts from another has the tokenizer of that one, where its own settings leave it open.
+    Raises UserError where they do not go with the settings that it has.
     """
+    for name, config in recipe.encoders.items():
+        source = getattr(config, "init_from", None) or recipe.train.init_from
+        known, settings = known_tokenizer(source, name), config.model.tokenizer
+        wanted = left_open(settings)
+        if not wanted or known.get("name") != getattr(settings, "name", None) or wanted != nullable(settings):
+            continue
+        theirs = ", ".join(f"{key} {known[key]}" for key, value in settings if value not in (None, known.get(key)))
+        where = f"{recipe.prefix(name)}model.tokenizer does not go with that of {source} ({theirs})"
+        values = settings.model_dump() | {key: known[key] for key in wanted if key in known}
+        recipe = recipe.with_tokenizer(name, validate(type(settings), values, where))
+    return recipe
+
+
+def learned(recipe: Recipe, listing: Listing) -> tuple[Recipe, list[str]]:
+    """Return the recipe with what its tokenizers learn from the files, and what is to be said of it."""
     remarks: list[str] = []
     for name, config in recipe.encoders.items():
-        known = known_tokenizer(getattr(config, "init_from", None) or recipe.train.init_from, name)
-        tokenizer = filled(config.model.tokenizer, known)
         paths = [path for path in listing.media.get(name, listing.paths) if path is not None]
-        tokenizer, more = MODALITIES[name].learn(paths, config.signal, tokenizer)
-        if tokenizer != config.model.tokenizer:
-            recipe = recipe.with_tokenizer(name, tokenizer)
+        tokenizer, more = MODALITIES[name].learn(paths, config.signal, config.model.tokenizer)
+        recipe = recipe.with_tokenizer(name, tokenizer)
         remarks += more
     return recipe, remarks
 
 
-def filled(settings: Piece, known: Mapping[str, Any]) -> Piece:
-    """Return settings with those that are null taken from ``known``, settings of the same kind."""
-    if known.get("name") != getattr(settings, "name", None):
-        return settings
-    return settings.model_copy(update={key: known[key] for key, value in settings if value is None and key in known})
+def nullable(settings: Piece) -> list[str]:
+    """Return the names of settings that are null unless they are given: what is learned or taken from elsewhere."""
+    return [key for key, field in type(settings).model_fields.items() if field.default is None]
+
+
+def left_open(settings: Piece) -> list[str]:
+    """Return the names of settings that could be given and are not."""
+    return [key for key in nullable(settings) if getattr(settings, key) is None]
 
 
 def start_from(objective: nn.Module, recipe: Recipe, initial: Weights | None) -> None:
@@ -156,6 +173,11 @@ def check_batch(recipe: Recipe, me: World) -> None:
     batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
     if batch % (me.size * accumulate):
         raise UserError(f"train.batch_size {batch} does not divide by {me.size} ranks x train.accumulate {accumulate}")
+    if recipe.objective.several and batch == accumulate:
+        raise UserError(
+            f"train.batch_size {batch} with train.accumulate {accumulate} compares one row at a time, which there is "
+            "nothing to tell from: the loss is over the rows of a micro-batch on all ranks; use two or more"
+        )
     if recipe.objective.several and recipe.data.repeats > 1:
         raise UserError("data.repeats takes several looks at a row, each of which would be told from the others; use 1")
     if recipe.objective.micro_batch_multiple > 1 and recipe.data.repeats > 1:
@@ -168,16 +190,37 @@ def check_batch(recipe: Recipe, me: World) -> None:
         )
 
 
-def check_resumable(run: Run, recipe: Recipe) -> None:
-    """Raise UserError where there is no run, or it was made by a recipe that computes something else."""
+def check_locked(recipe: Recipe) -> None:
+    """Raise UserError where a tower is to keep the weights it starts from, and these are random."""
+    for name in getattr(recipe.objective, "locked", ()):
+        tower = recipe.encoders.get(name)
+        if isinstance(tower, Tower) and tower.init_from is None and recipe.train.init_from is None:
+            raise UserError(
+                f"objective.locked: '{name}' would stay as random as it starts; give towers.{name}.init_from"
+            )
+
+
+def resumable(recipe: Recipe, run: Run) -> Recipe:
+    """Return the recipe with what the tokenizers of a run learned, so that nothing they had it from is needed.
+
+    Raises UserError where there is no run, or it was made by a recipe that computes something else.
+    """
     if not run.config_file.is_file():
         raise UserError(f"--resume: {run.path} is not a run folder (it holds no {run.config_file.name})")
     stored = parse_recipe(read_yaml(run.config_file), str(run.config_file))
     before, now = flat(stored.as_dict()), flat(recipe.as_dict())
-    for key in sorted(before.keys() | now.keys()):
+    learned_then = {
+        f"{recipe.prefix(name)}model.tokenizer.{key}"
+        for name, config in recipe.encoders.items()
+        for key in left_open(config.model.tokenizer)
+    }
+    for key in sorted((before.keys() | now.keys()) - learned_then):
         if before.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
             here, there = (shortened(values.get(key)) for values in (now, before))
             raise UserError(f"--resume: {key} is {here} here but {there} in {run.config_file}")
+    for name, config in stored.encoders.items():
+        recipe = recipe.with_tokenizer(name, config.model.tokenizer)
+    return recipe
 
 
 def shortened(value: Any) -> str:

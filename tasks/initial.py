@@ -1,7 +1,7 @@
 """Starting from weights that are already there: another run's, or an encoder's, of any size or task."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,8 @@ class Weights:
     """The token grid that each of its encoders was learned on, by what the names of its tensors begin with."""
     backbone: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the backbone that they are of, as far as they are known."""
+    modality: str | None = None
+    """What the one encoder that they are of is for, as far as it is known; None for several."""
 
     def grid_of(self, name: str) -> Grid:
         """Return the grid that a tensor was learned on; () for one of no encoder."""
@@ -97,10 +99,11 @@ def read_weights(source: Path) -> Weights:
         tensors = load_file(file)
         configs = {prefix: _config(folder) for prefix, folder in folders.items()}
         grids = {prefix: tuple(config["grid"]) for prefix, config in configs.items()}
-        backbone = next(iter(configs.values()))["model"]["backbone"]
+        one = next(iter(configs.values()))
+        backbone, modality = one["model"]["backbone"], one["modality"] if len(configs) == 1 else None
     if file != whole:
         tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-    return Weights(tensors, str(source), grids, backbone)
+    return Weights(tensors, str(source), grids, backbone, modality)
 
 
 def tower_weights(source: Path, modality: str) -> Weights:
@@ -141,6 +144,8 @@ def _config(folder: Path) -> Any:
 def _readable(file: Path) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"init_from: {file} is not readable ({error})") from None
 
@@ -166,15 +171,7 @@ def take(objective: nn.Module, weights: Weights) -> Taken:
         else:
             misfits.append(name)
     if not any(".backbone." in name for name in state):
-        example = next((name for name in sorted(misfits) if ".backbone." in name), None)
-        detail = "" if example is None else (
-            f": {example} is {list(weights.tensors[example].shape)} there and {list(own[example].shape)} here"
-        )  # fmt: skip
-        shape = {name: weights.backbone[name] for name in ("dim", "depth", "num_heads") if name in weights.backbone}
-        its = f" ({', '.join(f'{name}={value}' for name, value in shape.items())})" if shape else ""
-        raise UserError(
-            f"no weight of {weights.source} fits this model's backbone{detail}; use the same model.backbone{its}"
-        )
+        raise UserError(f"no weight of {weights.source} fits this model's backbone{_why(own, weights, misfits)}")
     if not any(tensor.is_meta for tensor in own.values()):  # a sketch is only asked what would fit
         objective.load_state_dict(state, strict=False)
     return Taken(
@@ -185,3 +182,20 @@ def take(objective: nn.Module, weights: Weights) -> Taken:
         sorted(weights.tensors.keys() - own.keys()),
         sorted(own.keys() - weights.tensors.keys()),
     )
+
+
+def _why(own: Mapping[str, Tensor], weights: Weights, misfits: Sequence[str]) -> str:
+    """Say why nothing of a backbone fits, and what would."""
+    here, there = (any(name.startswith("towers.") for name in names) for names in (own, weights.grids))
+    if there and not here:
+        folders = ", ".join(f"{weights.source}/encoder-{prefix.split('.')[1]}" for prefix in weights.grids)
+        return f": it is of several towers; name the encoder of one: {folders}"
+    if here and not there:
+        return f": it is one encoder, and this model has several; give it as towers.{weights.modality}.init_from"
+    example = next((name for name in sorted(misfits) if ".backbone." in name), None)
+    detail = "" if example is None else (
+        f": {example} is {list(weights.tensors[example].shape)} there and {list(own[example].shape)} here"
+    )  # fmt: skip
+    shape = {name: weights.backbone[name] for name in ("dim", "depth", "num_heads") if name in weights.backbone}
+    its = f" ({', '.join(f'{name}={value}' for name, value in shape.items())})" if shape else ""
+    return f"{detail}; use the same model.backbone{its}"

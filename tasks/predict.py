@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmssl.contracts import Media
+from mmssl.data import inline
 from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UserError
 from mmssl.files import replacing_file
@@ -26,6 +28,7 @@ from tasks.features import extract
 MOST_COLUMNS = 5
 """Classes that a table has room for."""
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+_URL = re.compile(r"(?!data:,)(data:|[a-z][a-z0-9+.-]+:/)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,23 @@ def listed(kind: Media, paths: Sequence[str | Path], split: str | None = None) -
     files: list[str] = []
     names: list[str] = []
     for path in map(Path, paths):
+        no_url(path)
         found = list_files(path, kind, split=split)
         one = found.paths == [os.path.abspath(path)]  # noqa: PTH100 - a folder of frames is a file too
         base = path.parent if one or not path.is_dir() else path
         files += found.paths
-        names += [str(base / found.name(i)) for i in range(len(found))]
+        # A text that stands in a manifest lies in no folder.
+        texts = [inline.text(one) is not None for one in found.paths]
+        names += [found.name(i) if is_text else str(base / found.name(i)) for i, is_text in enumerate(texts)]
     return Listing(Path.cwd(), files), names
+
+
+def no_url(path: str | Path) -> None:
+    """Raise UserError for what is a URL and no path."""
+    if _URL.match(str(path)):
+        # A Path has lost one of the slashes.
+        url = re.sub(r"^([^/]*:)/(?!/)", r"\1//", str(path))
+        raise UserError(f"{url} is a URL, and nothing is downloaded here; save it and give the file")
 
 
 def checked(out: Path) -> Path:

@@ -33,7 +33,7 @@ from tasks.build import (
     sketch_objective,
     use_bf16,
 )
-from tasks.fit import check_batch, fit, sources
+from tasks.fit import check_batch, check_locked, fit, inherited, sources
 from tasks.initial import take
 from tasks.report import write_report
 from tasks.run_report import run_sections
@@ -147,13 +147,11 @@ class DryRun:
 
     def _savers(self) -> list[str]:
         """Return the keys that spare memory for activations."""
-        towers = {name: config.model.backbone for name, config in self.recipe.encoders.items()}
-        where = {name: f"towers.{name}." if len(towers) > 1 else "" for name in towers}
         # Not every backbone can compute its activations again.
         again = [
-            f"{where[name]}model.backbone.checkpointing=true"
-            for name, backbone in towers.items()
-            if getattr(backbone, "checkpointing", None) is not None
+            f"{self.recipe.prefix(name)}model.backbone.checkpointing=true"
+            for name, config in self.recipe.encoders.items()
+            if getattr(config.model.backbone, "checkpointing", None) is not None
         ]
         return ["objective.chunk" if self.recipe.objective.several else "train.accumulate", *again]
 
@@ -170,6 +168,8 @@ def dry_run(
     listing = training_files(recipe, data, split) if data is not None else None
     me = world()
     check_batch(recipe, me)
+    check_locked(recipe)
+    recipe = inherited(recipe)
     ds = deepspeed_settings(recipe, me, deepspeed_config)
     objective = sketch_objective(recipe)
     cost = measure_cost(recipe, objective)

@@ -21,7 +21,7 @@ from mmssl.data.listing import Listing
 from mmssl.data.pairs import list_pairs
 from mmssl.errors import UnusableData, UserError, nearest
 from mmssl.files import write_json
-from modalities.joint import JointEncoder, joint_encoders, of_modality
+from modalities.joint import JointEncoder, check_together, joint_encoders, of_modality
 from modalities.text_read import Document
 from tasks.features import ExtractOptions, extract
 from tasks.metrics import Score, score_table, scores_as_dict
@@ -87,6 +87,10 @@ class RetrievalResult:
     """By "a_to_b"."""
     skipped: list[tuple[str, str]]
     """(name, reason) of broken files that were left out on request."""
+    rows: dict[str, int]
+    """By "a_to_b", of how many rows, which are those that have both."""
+    listed: int
+    """How many rows there are."""
     gallery: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,6 +104,7 @@ class RetrievalResult:
             "chance": {name: way.chance for name, way in ways.items()},
             "queries": {name: way.queries for name, way in ways.items()},
             "candidates": {name: way.candidates for name, way in ways.items()},
+            "rows": self.rows,
             "skipped": skipped,
         }
 
@@ -119,6 +124,8 @@ class RetrievalResult:
                 f"{_words(name)}: {way.queries:,} queries among {way.candidates:,}, median rank {way.median_rank:g}; a "
                 f"random order scores {chance}"
             )
+            if self.rows[name] < self.listed:
+                found[-1] += f" (the {self.rows[name]:,} of {self.listed:,} rows that have both)"
         if self.skipped:
             found.append(f"{len(self.skipped)} broken files left out, with what belongs to them alone")
         return found if self.gallery is None else [*found, f"gallery in {self.gallery}"]
@@ -155,18 +162,21 @@ def retrieve(
     ``encoder`` is a run folder, or the towers that ``joint_encoders`` returns. Of several towers the centre is measured
     with each other, or the two in ``between``. ``gallery`` is a PNG of queries with their best answers; ``out`` a
     folder for ``retrieve.json``, ``gallery.png`` and ``report.html``. A file that stands in several rows, or a text, is
-    one, and all that belongs to it is right. ``seed`` is that of the intervals. Raises UserError for a mistake before
-    anything is computed, and UnusableData for a broken file unless ``skip_broken``.
+    one, and all that belongs to it is right. Of several towers, two are measured on the rows that have both. ``seed``
+    is that of the intervals. Raises UserError for a mistake before anything is computed, and UnusableData for a broken
+    file unless ``skip_broken``.
     """
     towers = joint_encoders(encoder) if isinstance(encoder, str | Path) else encoder
     where = encoder if isinstance(encoder, str | Path) else "the encoder"
+    check_together(towers, where)
     ways = _asked(towers, between, where)
     if gallery is not None and Path(gallery).suffix.lower() != ".png":
         raise UserError(f"{gallery}: the gallery is a picture, so the name must end in .png")
     out = None if out is None else Path(out)
     png = out and out / "gallery.png" if gallery is None else Path(gallery)
     kinds = [towers[name].encoder.kind for name in dict.fromkeys(name for way in ways for name in way)]
-    listing = list_pairs(data, kinds, split, "test")
+    listing = list_pairs(data, kinds, split, "test", strict=len(towers) == 2)
+    rows = {way: len(_with_both(listing, *way)) for way in ways}
     for folder in filter(None, (out, png and png.parent)):
         folder.mkdir(parents=True, exist_ok=True)
     found: list[Matches] = []
@@ -176,7 +186,8 @@ def retrieve(
         found.append(match)
         skipped |= dict(broken)
     directions = {one.name: direction(one, seed) for match in found for one in (match, match.turned())}
-    result = RetrievalResult(directions, list(skipped.items()), png)
+    counts = {f"{a}_to_{b}": n for way, n in rows.items() for a, b in (way, way[::-1])}
+    result = RetrievalResult(directions, list(skipped.items()), counts, len(listing), png)
     if png is not None:
         _written(result, found, png, out, str(data))
     return result
@@ -215,13 +226,10 @@ def matches(
 ) -> tuple[Matches, list[tuple[str, str]]]:
     """Return the vectors of two modalities and their pairs, and (name, reason) of broken files that were left out.
 
-    Files are told apart by what their paths lead to, texts by what they say. Raises UserError where no row has both,
-    and as ``extract``.
+    Files are told apart by what their paths lead to, texts by what their tower gets to see of them. Raises UserError
+    where no row has both, and as ``extract``.
     """
-    media = [listing.media[one.modality] for one in (a, b)]
-    rows = [(one, other) for one, other in zip(*media, strict=True) if one is not None and other is not None]
-    if not rows:
-        raise UserError(f"{listing.root}: no row has both {a.modality} and {b.modality}")
+    rows = _with_both(listing, a.modality, b.modality)
     sides, places, skipped = [], [], []
     for tower, column in zip((a, b), zip(*rows, strict=True), strict=True):
         keys = [_identity(tower, path) for path in column]
@@ -239,6 +247,14 @@ def matches(
     return _connected(Matches(sides[0], sides[1], torch.tensor(whole))), skipped
 
 
+def _with_both(listing: Listing, a: str, b: str) -> list[tuple[str, str]]:
+    media = zip(listing.media[a], listing.media[b], strict=True)
+    rows = [(one, other) for one, other in media if one is not None and other is not None]
+    if not rows:
+        raise UserError(f"{listing.root}: no row has both {a} and {b}")
+    return rows
+
+
 def _connected(match: Matches) -> Matches:
     """Leave out what a broken partner has left without one."""
     columns, sides = [], []
@@ -249,11 +265,11 @@ def _connected(match: Matches) -> Matches:
     return Matches(sides[0], sides[1], torch.stack(columns, dim=1))
 
 
-def _identity(tower: JointEncoder, path: str) -> str | fragment.Span:
+def _identity(tower: JointEncoder, path: str) -> str | bytes | fragment.Span:
     if tower.modality != "text":
         return fragment.real(path)
     try:
-        return text_of(tower, path)
+        return tower.seen(path)
     except BrokenFile:
         return path  # whoever embeds it will say so
 

@@ -1,18 +1,25 @@
 """What every run's report shows: the loss, reconstructions where the objective makes any, the cost and the recipe."""
 
+from typing import Any
+
 import numpy as np
+import yaml
 
 from mmssl.contracts import Reconstructs
 from mmssl.data.listing import Listing
 from mmssl.errors import UnusableData
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
-from tasks.build import EncoderRecipe, measure_cost
+from tasks.build import EncoderRecipe, Recipe, measure_cost
 from tasks.panels import read_example, read_rate
 from tasks.panels_reconstruction import attempt, given, seen_note, sound_note, target_note, triplet
 from tasks.report import Code, Curve, Facts, Pictures, Section
 from tasks.report_ahead import ahead_sections
+from tasks.report_pairs import pair_sections
 from tasks.writer import load_objective
+
+MOST_LINES, SHOWN_LINES = 20, 3
+"""A setting of more lines is shortened to so many."""
 
 
 def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Section]:
@@ -29,6 +36,7 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
             Curve("Accuracy", "step", "accuracy on training batches", {"training": (steps, accuracy)}, percent=True)
         )
     sections += ahead_sections(metrics)
+    sections += pair_sections(metrics, recipe.train.batch_size // recipe.train.accumulate)
     if isinstance(objective, Reconstructs) and isinstance(recipe, EncoderRecipe):
         sections += reconstructions(recipe, objective, shown, held_out)
     cost = measure_cost(recipe, objective)
@@ -44,7 +52,26 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
         "GFLOP per second": f"{np.median(rates) * cost.gflop_train:,.3g}",
         "Samples seen": f"{metrics[-1]['samples']:,}",
     }
-    return [*sections, Facts("Cost", facts), Code("Recipe", recipe.as_yaml())]
+    return [*sections, Facts("Cost", facts), recipe_section(recipe)]
+
+
+def recipe_section(recipe: Recipe) -> Code:
+    """Return the recipe's page; of a text as long as a learned vocabulary, its first lines and how many there are."""
+    page, cut = shortened(recipe.as_dict())
+    note = "Long texts are shortened here; the run's config.yaml has all of them." if cut else ""
+    return Code("Recipe", yaml.safe_dump(page, sort_keys=False, allow_unicode=True), note)
+
+
+def shortened(value: Any) -> tuple[Any, bool]:
+    """Return plain values with long texts in them shortened, and whether there were any."""
+    if isinstance(value, dict):
+        parts = {key: shortened(one) for key, one in value.items()}
+        return {key: one for key, (one, _) in parts.items()}, any(cut for _, cut in parts.values())
+    lines = value.splitlines() if isinstance(value, str) else []
+    if len(lines) <= MOST_LINES:
+        return value, False
+    more = f"and {len(lines) - SHOWN_LINES:,} more of {len(lines):,} lines"
+    return ", ".join([*lines[:SHOWN_LINES], more]), True
 
 
 def flops(gflop: float) -> dict[str, str]:

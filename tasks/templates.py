@@ -1,6 +1,6 @@
 """Prompt templates: the sentences that a class's name is put into, so that it reads like what was trained on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from mmssl.errors import UserError, nearest
 
@@ -25,14 +25,27 @@ SETS: Mapping[str, tuple[str, ...]] = {
 """Templates of one kind of files, to be taken together, by the name of the set."""
 
 
-def chosen(templates: str | Sequence[str] | None) -> tuple[str, ...]:
+def texts(what: str, given: str | Iterable[str]) -> list[str]:
+    """Return one text or several as a list; raises UserError, beginning with ``what`` they are, for anything else."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise UserError(f"{what} a list of texts, but got {given!r}")
+    found = list(given)
+    for one in found:
+        if not isinstance(one, str):
+            raise UserError(f"{what} a list of texts, but there is {one!r} among them")
+    return found
+
+
+def chosen(templates: str | Iterable[str] | None) -> tuple[str, ...]:
     """Return the templates that are meant: those given, each a template or the name of a set; None is the bare name.
 
     Raises UserError where one has not exactly one ``{}`` and is no set, and where none is given or one is given twice.
     """
     if templates is None:
         return BARE
-    given = [templates] if isinstance(templates, str) else list(templates)
+    given = texts("templates are", templates)
     found = [one for words in given for one in (SETS[words] if words in SETS else (_checked(words),))]
     if not found:
         raise UserError(f"no template is given; the name by itself is '{PLACE}'")

@@ -1,7 +1,6 @@
 """What a run leaves in its folder while it trains, and how that is read again."""
 
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -49,8 +48,7 @@ class Writer:
         self.steps = recipe.steps(len(listing))
         self.written, self.began, self.warned = 0, time.monotonic(), False
         self.ledger = Ledger(run.ledger_file, write=me.is_main)
-        names = "\n".join(listing.name(i) for i in range(len(listing)))
-        digest = hashlib.sha256(os.fsencode(names))
+        digest = hashlib.sha256(listing.contents())
         if targets is not None:
             digest.update(targets.tobytes())
         self.files = digest.hexdigest()
@@ -176,11 +174,21 @@ def export(
     names = {id(tensor): name for name, tensor in objective.state_dict(keep_vars=True).items()}
     encoders = as_objective(objective).encoders()
     kept = objective.kept() if isinstance(objective, Keeps) else {}
+    # Folders are replaced one after the other: what is in all of them says which belong together.
+    together = {"export": _digest(averaged)} if len(kept) > 1 else {}
     for modality, encoder in encoders.items():
         with replacing_folder(run.encoder_folder(modality, len(encoders) == 1)) as aside:
             encoder.save(aside, part(encoder))
             if modality in kept:
-                SAVE[kept[modality].name](aside, kept[modality].facts, part(kept[modality].head))
+                SAVE[kept[modality].name](aside, {**kept[modality].facts, **together}, part(kept[modality].head))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_objective(path: Path) -> tuple[Recipe, nn.Module]:

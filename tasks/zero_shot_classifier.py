@@ -5,11 +5,10 @@ A file is of the class whose prompts its vector is nearest to, in the space that
 Shape legend: n files, C classes, T templates, d the width of the joint space.
 """
 
-import math
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,16 @@ from mmssl.data.listing import Listing
 from mmssl.errors import UserError
 from mmssl.objectives.clip import unit
 from modalities.classifier import Prediction
-from modalities.joint import JointEncoder, joint_encoders, of_modality
-from modalities.views import in_groups
+from modalities.joint import JointEncoder, check_together, joint_encoders, of_modality
 from tasks.features import CacheFolder, extract
-from tasks.templates import chosen, fill
+from tasks.predict import no_url
+from tasks.templates import chosen, fill, texts
 
 TEXT = "text"
-Classes = Sequence[str] | Mapping[str, Sequence[str]]
+Classes = Iterable[str] | Mapping[str, str | Iterable[str]]
 """Names, or for each name the words that stand for it in prompts."""
-_URL = re.compile(r"(?!data:,)(data:|[a-z][a-z0-9+.-]+:/)", re.IGNORECASE)
+COLDEST, HOTTEST = 1e-6, 1e6
+"""Temperatures between which scores are numbers."""
 
 
 class ZeroShotClassifier:
@@ -42,7 +42,7 @@ class ZeroShotClassifier:
         self,
         encoder: str | Path | Mapping[str, JointEncoder],
         classes: Classes,
-        templates: str | Sequence[str] | None = None,
+        templates: str | Iterable[str] | None = None,
         *,
         modality: str | None = None,
         temperature: float | None = None,
@@ -58,6 +58,7 @@ class ZeroShotClassifier:
         classes. The vectors of the prompts are kept in ``cache``. Raises UserError, one sentence, for what is unusable.
         """
         towers = joint_encoders(encoder) if isinstance(encoder, str | Path) else encoder
+        check_together(towers, "the encoder")
         where = encoder if isinstance(encoder, str | Path) else "the encoder"
         self.words = _words(classes)
         self.classes = list(self.words)
@@ -65,10 +66,8 @@ class ZeroShotClassifier:
         self.reader = reader(towers, where, modality)
         self.text = of_modality(towers, TEXT, where)
         self.threshold, self._cache = threshold, cache
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise UserError(f"threshold {threshold:g}: scores go from 0 to 1, so give a number between them")
-        if temperature is not None and not 0 < temperature < math.inf:
-            raise UserError(f"temperature {temperature:g}: give a number above 0")
+        _check_number("threshold", threshold, 0, 1)
+        _check_number("temperature", temperature, COLDEST, HOTTEST)
         self.scale = self.reader.temperature.scale().item() if temperature is None else 1 / temperature
         bias = self.reader.temperature.bias
         self.bias = None if bias is None else bias.item()
@@ -77,6 +76,7 @@ class ZeroShotClassifier:
                 f"'{self.classes[0]}' is the only class, and of one class scores are always 1; name what it is to be "
                 "told from"
             )
+        self._prompts = self._told_apart()
 
     @property
     def modality(self) -> str:
@@ -113,10 +113,7 @@ class ZeroShotClassifier:
 
     def similarities(self, inputs: Any, batch_size: int | None = None) -> Tensor:
         """Return the cosine similarity with every class, float32 [n, C] on the CPU; inputs as ``classify``."""
-        rows: list[Tensor] = []
-        for signals in self.reader.encoder.batches(self._prepared(inputs), batch_size):
-            rows += in_groups(signals, self.features)
-        return torch.stack(rows) if rows else torch.empty(0, len(self.classes))
+        return self.reader.embed(self._prepared(inputs), batch_size) @ self.class_vectors.T
 
     def probabilities(self, similarities: Tensor) -> Tensor:
         """Turn cosine similarities [n, C] into scores, by the learned temperature."""
@@ -138,11 +135,10 @@ class ZeroShotClassifier:
     @cached_property
     def prompt_vectors(self) -> list[Tensor]:
         """Unit vectors of each class's prompts, float32 [T, words of the class, d]."""
-        texts = [fill(template, word) for words in self.words.values() for template in self.templates for word in words]
-        listing = Listing(Path("the prompts"), [self._prompt(text) for text in texts])
+        listing = Listing(Path("the prompts"), [path for paths in self._prompts.values() for path in paths])
         vectors = extract(self.text, listing, workers=0, cache=self._cache).vectors
-        counts = [len(self.templates) * len(words) for words in self.words.values()]
-        return [part.unflatten(0, (len(self.templates), -1)) for part in vectors.split(counts)]
+        parts = vectors.split([len(paths) for paths in self._prompts.values()])
+        return [part.unflatten(0, (len(self.templates), -1)) for part in parts]
 
     @cached_property
     def class_vectors(self) -> Tensor:
@@ -178,14 +174,27 @@ class ZeroShotClassifier:
         """Return a text that changes whenever similarities would."""
         return f"{self.reader.fingerprint()} {self.text.fingerprint()} {self.words} {self.templates}"
 
-    def _prompt(self, text: str) -> str:
-        """Return a prompt as a path; raises UserError for what is no text."""
-        path = inline.join(text)
+    def _told_apart(self) -> dict[str, list[str]]:
+        """Return every class's prompts, as paths; raises UserError where the prompts of two classes read alike."""
+        found: dict[str, list[str]] = {}
+        known: dict[frozenset[bytes], str] = {}
+        for name, words in self.words.items():
+            prompts = [fill(template, word) for template in self.templates for word in words]
+            found[name] = [inline.join(prompt) for prompt in prompts]
+            other = known.setdefault(frozenset(map(self._seen, prompts)), name)
+            if other != name:
+                raise UserError(
+                    f"'{other}' and '{name}' read alike to this encoder: in the templates, what is left of them is the "
+                    "same; name them otherwise, or leave one out"
+                )
+        return found
+
+    def _seen(self, prompt: str) -> bytes:
+        """Return what the text's tower reads of a prompt; raises UserError for what is no text."""
         try:
-            self.text.decode(path)
+            return self.text.seen(inline.join(prompt))
         except BrokenFile as error:
-            raise UserError(f"the prompt {text!r} cannot be used: {error.reason}") from None
-        return path
+            raise UserError(f"the prompt {prompt!r} cannot be used: {error.reason}") from None
 
     def _axes(self, inputs: Any) -> int:
         """Return how many axes one input has: a picture [h, w, 3], or a signal [C, *size]."""
@@ -199,8 +208,8 @@ class ZeroShotClassifier:
         return self._one(inputs)
 
     def _one(self, item: Any) -> Any:
-        if isinstance(item, str | Path) and _URL.match(str(item)):
-            raise UserError(f"{item} is a URL, and nothing is downloaded here; save it and give the file")
+        if isinstance(item, str | Path):
+            no_url(item)
         if isinstance(item, np.ndarray):
             if self.modality != "image" or item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3:
                 raise UserError(
@@ -238,15 +247,19 @@ def _words(classes: Classes) -> dict[str, list[str]]:
     """Return the words of every class; raises UserError for classes that are none, blank or there twice."""
     if isinstance(classes, str):
         raise UserError(f"classes are a list of names, but got the text '{classes}'")
-    if isinstance(classes, Mapping):
-        found = {name: [words] if isinstance(words, str) else list(words) for name, words in classes.items()}
-    else:
-        found = {name: [name] for name in classes}
-        if len(found) < len(classes):
-            raise UserError(f"the class '{Counter(classes).most_common(1)[0][0]}' is given twice")
-    if not found:
+    names = texts("classes are", classes)
+    if not names:
         raise UserError("no class is given, so that there is nothing to tell apart")
+    of = classes if isinstance(classes, Mapping) else {}
+    found = {name: texts(f"the words of class '{name}' are", of.get(name, name)) for name in names}
     for name, words in found.items():
-        if not words or not all(isinstance(word, str) and word.strip() for word in (name, *words)):
+        if not words or not all(word.strip() for word in (name, *words)):
             raise UserError(f"the class {name!r} is blank, or has no words; give each a name")
+    if len(found) < len(names):
+        raise UserError(f"the class '{Counter(names).most_common(1)[0][0]}' is given twice")
     return found
+
+
+def _check_number(what: str, value: object, low: float, high: float) -> None:
+    if value is not None and not (isinstance(value, Real) and low <= float(value) <= high):
+        raise UserError(f"{what} {value}: give a number from {low:g} to {high:g}")

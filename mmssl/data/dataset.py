@@ -128,11 +128,12 @@ class Samples(Dataset[Sample]):
         buckets: Sequence[Bucket],
         draw: Draw | None,
         seed: int,
-        timeout: float,
+        timeout: float | None,
         targets: np.ndarray[Any, Any] | None = None,
     ) -> None:
-        """``items`` are what ``views`` reads: paths, or rows of them; ``targets``, one per item, are class indices
-        int64 [n] or float32 [n, classes].
+        """``items`` are what ``views`` reads: paths, or rows of them whose files the views guard one by one, so that
+        ``timeout``, in seconds, is None; ``targets``, one per item, are class indices int64 [n] or float32
+        [n, classes].
         """
         self.items, self.views, self.draw = items, views, draw
         self.lattices = [(bucket.size, bucket.grid) for bucket in buckets]

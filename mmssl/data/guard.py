@@ -37,8 +37,9 @@ def guarded(decode: Callable[[str], T], path: str, timeout: float | None) -> T:
     """Return ``decode(path)``; raises BrokenFile(reason) whatever goes wrong in it.
 
     A decoder that is still at work after ``timeout`` seconds is interrupted, which takes SIGALRM and the main thread of
-    the process (a data worker has both); elsewhere, or with None, there is no limit. A decoder that never comes back
-    from C code cannot be interrupted this way. KeyboardInterrupt and SystemExit pass through.
+    the process (a data worker has both); elsewhere, or with None, there is no limit but that of a ``guarded`` around
+    this one, whose interruption passes through. A decoder that never comes back from C code cannot be interrupted this
+    way. KeyboardInterrupt and SystemExit pass through.
     """
     try:
         with _time_limit(timeout):
@@ -46,6 +47,8 @@ def guarded(decode: Callable[[str], T], path: str, timeout: float | None) -> T:
     except BrokenFile:
         raise
     except _TimedOut:
+        if timeout is None:
+            raise
         raise BrokenFile(f"timed out after {timeout:g} s") from None
     except Exception as error:
         raise BrokenFile(_reason(error, path)) from error

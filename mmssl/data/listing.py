@@ -51,12 +51,23 @@ class Listing:
         return len(self.paths)
 
     def name(self, i: int) -> str:
-        """Return the path of file ``i`` relative to the folder it was found from; unchanged if it lies elsewhere.
+        """Return what file ``i`` is called: its path, relative to the folder it was found in, else absolute.
 
-        What is a text and no file is returned as it is.
+        What is a text and no file is called as it reads. A row of several media is called after the first of them, and
+        by its number, for others may have the same.
         """
-        text = inline.text(self.paths[i])
-        return self.paths[i].removeprefix(self._base) if text is None else text
+        name = self._called(self.paths[i])
+        return f"{name}, row {self.rows[i]}" if self.media and self.rows else name
+
+    def _called(self, path: str) -> str:
+        text = inline.text(path)
+        return path.removeprefix(self._base) if text is None else text
+
+    def contents(self) -> bytes:
+        """Return what there is in every row, by name, to be hashed: the same wherever the folder lies."""
+        columns: Sequence[Sequence[str | None]] = list(self.media.values()) or [self.paths]
+        rows = ("\0".join((path or "").removeprefix(self._base) for path in row) for row in zip(*columns, strict=True))
+        return "\n".join(rows).encode(errors="surrogatepass")
 
     def select(self, indices: Sequence[int]) -> "Listing":
         """Return the files at ``indices``, in that order, with their columns."""
@@ -87,7 +98,7 @@ class Listing:
         labels = []
         for i, value in enumerate(self.columns[column]):
             if value is None:
-                raise UserError(f"{self.root}: row {self.rows[i]} ({self.name(i)}) has no {column}")
+                raise UserError(f"{self.root}: row {self.rows[i]} ({self._called(self.paths[i])}) has no {column}")
             labels.append(value)
         return labels
 

@@ -11,18 +11,22 @@ from pathlib import Path
 
 from mmssl.contracts import Media
 from mmssl.data.listing import ITSELF, Columns, Listing, list_files, manifest_of, own_column, read_manifest, resolve
-from mmssl.errors import UserError
+from mmssl.errors import UserError, nearest
 
 
 def list_pairs(
-    path: str | Path, kinds: Sequence[Media], split: str | None = None, default_split: str | None = None
+    path: str | Path,
+    kinds: Sequence[Media],
+    split: str | None = None,
+    default_split: str | None = None,
+    strict: bool = True,
 ) -> Listing:
     """Return rows with media of two or more modalities; the first of ``kinds`` is the one that the others go with.
 
     ``Listing.media`` holds each row's paths, None where it has none of a modality; the paths of the listing itself are
     those of the first that a row has. Of more than two modalities a row needs not have all. ``split`` and
-    ``default_split`` as in ``list_files``. Raises UserError, one sentence, for a path without such rows and for a row
-    without two of them.
+    ``default_split`` as in ``list_files``. Raises UserError, one sentence, for a path without such rows and, if
+    ``strict``, for a row without two of them; else rows may lack any.
     """
     root = Path(path)
     manifest = manifest_of(root)
@@ -30,7 +34,8 @@ def list_pairs(
     if split is None and default_split in listing.columns.get("split", []):
         split = default_split
     listing = listing if split is None else listing.split(split)
-    _check(listing, kinds)
+    if strict:
+        _check(listing, kinds)
     return listing
 
 
@@ -51,11 +56,28 @@ def _column(manifest: Path, columns: Columns, kind: Media, kinds: Sequence[Media
     without = [one.name for one in kinds if own_column(columns, one) is None]
     if "path" in columns and without == [kind.name]:
         return resolve(manifest, columns, "path", kind)
-    ways = [f"{kind.name}_path", ITSELF.get(kind.name), "path" if without == [kind.name] else None]
+    has, missing = ", ".join(columns) or "none", [name for one in without for name in _names(one)]
+    if "path" in columns:
+        raise UserError(
+            f"{manifest} does not say which of {' and '.join(without)} its path is of: all but one need a column of "
+            f"their own ({', '.join(missing)}), but it has {has}{_misspelt(columns, missing)}"
+        )
+    ways = [*_names(kind.name), "path"]
     raise UserError(
-        f"{manifest} says nothing of modality {kind.name}: it needs a column {' or '.join(filter(None, ways))}, but "
-        f"has {', '.join(columns) or 'none'}"
+        f"{manifest} says nothing of modality {kind.name}: it needs a column {' or '.join(ways)}, but has "
+        f"{has}{_misspelt(columns, ways)}"
     )
+
+
+def _names(modality: str) -> list[str]:
+    return [f"{modality}_path", *([ITSELF[modality]] if modality in ITSELF else [])]
+
+
+def _misspelt(columns: Columns, missing: Sequence[str]) -> str:
+    """Return which column may be one that is missing; nothing where none is close."""
+    others = [name for name in columns if name != "path" and not name.endswith("_path")]
+    hints = (nearest(name, others) for name in missing)
+    return next((hint for hint in hints if hint.startswith("; did you mean")), "")
 
 
 def _by_name(root: Path, kinds: Sequence[Media]) -> Listing:

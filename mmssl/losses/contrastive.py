@@ -38,6 +38,11 @@ def one_tile() -> Iterator[None]:
         _planning.reset(token)
 
 
+def planning() -> bool:
+    """Whether this is inside ``one_tile``: what repeats in the same memory need not be computed more than once."""
+    return _planning.get()
+
+
 class PairLoss(NamedTuple):
     """What is known of each pair [a_i, b_i]."""
 
@@ -163,7 +168,7 @@ class Logits(NamedTuple):
                 if self.gone_rows is not None:
                     logits.add_(self.gone_rows[rows].unsqueeze(1))
                 yield rows, columns, a, logits
-                if _planning.get():
+                if planning():
                     return
 
     def gradients(self, positives: Tensor, slopes: Callable[[slice, slice, Tensor], Tensor]) -> tuple[Tensor, ...]:

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mmssl.config import ObjectiveConfig
 from mmssl.contracts import Batch, Draw, EncoderModule, Kept, Step
-from mmssl.distributed import all_reduce, ranks
+from mmssl.distributed import all_gather, all_reduce, rank, ranks
 from mmssl.errors import nearest
-from mmssl.losses.contrastive import PairLoss, pairwise_sigmoid, symmetric_info_nce
+from mmssl.losses.contrastive import PairLoss, pairwise_sigmoid, planning, symmetric_info_nce
 
 MAX_SCALE = 100.0
 """What similarities are multiplied with at most (section 2.5)."""
@@ -31,6 +31,10 @@ TEMPERATURES: dict[Loss, float] = {"softmax": 0.07, "sigmoid": 0.1}
 """At the beginning: CLIP's, and SigLIP's (section 3.2)."""
 SIGMOID_BIAS = -10.0
 """At the beginning, where nearly all pairs are none (SigLIP, section 3.2)."""
+CHUNKS_PLANNED = 2
+"""The second adds to gradients that are there already, and so do all that follow."""
+_STRIDE = 0x5851F42D4C957F2D
+"""Keeps the towers' seeds apart: an odd number of 63 bits that no counter makes."""
 
 
 class CLIPConfig(ObjectiveConfig):
@@ -42,7 +46,7 @@ class CLIPConfig(ObjectiveConfig):
     loss: Loss = "softmax"
     """softmax: which of all is the partner, both ways (CLIP); sigmoid: of each two by themselves, whether they are
     partners (SigLIP)."""
-    temperature: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(ge=1 / MAX_SCALE, le=100)] | None = None
     """At the beginning; it is learned, and never falls below 0.01. null is 0.07, and 0.1 with the loss sigmoid."""
     locked: tuple[str, ...] = ()
     """Towers that keep the weights they start from, as that of pictures in LiT (arXiv:2111.07991)."""
@@ -140,14 +144,20 @@ class CLIP(nn.Module):
     def features(self, name: str, batch: Batch) -> Tensor:
         """Return the unit vectors of a batch's samples of one modality, float32 [B, d]."""
         part = {key.removeprefix(f"{name}."): value for key, value in batch.items() if key.startswith(f"{name}.")}
-        part["seed"] = batch["seed"]
-        if self.chunk is None or self.chunk >= len(part["seed"]):
+        # What is dropped in one tower must not tell what is dropped in another.
+        part["seed"] = batch["seed"] ^ (self.modalities.index(name) * _STRIDE % 2**63)
+        count = len(part["seed"])
+        if self.chunk is None or self.chunk >= count:
             return self._embed(name, part)
         rows = zip(*(value.split(self.chunk) for value in part.values()), strict=True)
         chunks = [dict(zip(part, row, strict=True)) for row in rows]
         # Whatever is drawn comes from the samples' seeds, so there is no generator state to put back.
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([again(self._embed, name, chunk) for chunk in chunks])
+        planned = chunks[:CHUNKS_PLANNED] if planning() else chunks
+        vectors = [again(self._embed, name, chunk) for chunk in planned]
+        # Chunks give their memory to the next, so that of those that are only planned vectors alone remain.
+        rest = count - sum(map(len, vectors))
+        return torch.cat([*vectors, *([vectors[0].new_empty(rest, vectors[0].shape[1])] if rest else [])])
 
     def _embed(self, name: str, part: Batch) -> Tensor:
         encoder = self._encoders[name]
@@ -161,13 +171,17 @@ class CLIP(nn.Module):
     def forward(self, batch: Batch) -> Step:
         """Return the mean over the pairs of modalities of the mean loss over the pairs of samples on all ranks.
 
+        A sample that is there more than once, on whatever ranks, counts once: it is no mismatch of itself.
         ``accuracy_A_to_B`` is how often the best of all B for an A is its own.
         """
+        once = first(batch["index"])
         vectors = {name: self.features(name, batch) for name in self.modalities}
         centre, *others = self.modalities
         losses, metrics = [], {"scale": self.temperature.scale().detach()}
         for other in others:
-            present = _both(batch.get(f"{centre}.present"), batch.get(f"{other}.present"))
+            present = once
+            for name in (centre, other):
+                present = present & batch.get(f"{name}.present", once)
             found = self._compare(vectors[centre], vectors[other], present)
             share = _share(found.losses, present)
             losses.append((found.losses * share).sum())
@@ -177,7 +191,7 @@ class CLIP(nn.Module):
                 metrics[f"loss_{centre}_{other}"] = losses[-1].detach()
         return Step(torch.stack(losses).mean(), metrics)
 
-    def _compare(self, a: Tensor, b: Tensor, present: Tensor | None) -> PairLoss:
+    def _compare(self, a: Tensor, b: Tensor, present: Tensor) -> PairLoss:
         scale, bias = self.temperature.scale(), self.temperature.bias
         if bias is None:
             return symmetric_info_nce(a, b, scale, present)  # type: ignore[no-any-return]
@@ -187,17 +201,21 @@ class CLIP(nn.Module):
 class Temperature(nn.Module):
     """What similarities are multiplied with, at most 100, and for the sigmoid loss what is added to them; learned."""
 
-    bias: nn.Parameter | None
-
     def __init__(self, temperature: float, bias: float | None = None) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
-        self.register_parameter("bias", None if bias is None else nn.Parameter(torch.tensor(bias)))
+        # Vectors of one number: DeepSpeed cannot hand parameters without an axis from rank to rank.
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+        self.offset = None if bias is None else nn.Parameter(torch.tensor([bias]))
 
     def scale(self) -> Tensor:
         """Return the factor, float32 []."""
         bounded: Tensor = _AtMost.apply(self.log_scale, math.log(MAX_SCALE))  # type: ignore[no-untyped-call]
-        return bounded.exp()
+        return bounded.exp().squeeze()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added, float32 []; None where nothing is."""
+        return None if self.offset is None else self.offset.squeeze()
 
 
 class _AtMost(torch.autograd.Function):
@@ -226,16 +244,19 @@ def unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors.float(), dim=-1)
 
 
-def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return a if b is None else b
-    return a & b
+def first(index: Tensor) -> Tensor:
+    """Return which of the samples with these indices, int64 [B], are there for the first time on all ranks: bool [B].
+
+    A collective.
+    """
+    values, order = all_gather(index).sort(stable=True)
+    again = F.pad(values[1:] == values[:-1], (1, 0))
+    found = torch.empty_like(again).scatter_(0, order, ~again)
+    return found[rank() * len(index) : (rank() + 1) * len(index)]
 
 
-def _share(losses: Tensor, present: Tensor | None) -> Tensor:
+def _share(losses: Tensor, present: Tensor) -> Tensor:
     """Return what a sample counts, [B]: such that the mean over ranks of the sums is the mean over all pairs."""
-    if present is None:
-        return torch.full_like(losses.detach(), 1 / len(losses))
     here = present.to(losses.dtype)
     return here * (ranks() / all_reduce(here.sum()).clamp(min=1))
 

@@ -1,7 +1,7 @@
 """What belongs together: columns of a manifest, files of one name, texts that are their own path.
 
-Planted bugs that fail here: captions taken without quoting, ``path`` given to the first modality that asks, rows of two
-towers that lack one, media left behind by ``select``.
+Planted bugs that fail here: captions of white space taken for texts, texts that are not quoted whole, media left behind
+by ``select``, notes counted as files.
 """
 
 import csv
@@ -55,13 +55,13 @@ def test_pictures_and_captions(manifest, tmp_path, pictures):
     assert list(found.media) == ["image", "text"]
     assert found.columns["label"] == ["x", None]
     assert list(found.rows) == [1, 2]
-    assert [found.name(i) for i in range(2)] == ["a.jpg", "/b.jpg"]
+    assert [found.name(i) for i in range(2)] == ["a.jpg, row 1", "/b.jpg, row 2"]
     assert list_pairs(tmp_path, [IMAGE, TEXT]).paths == found.paths
 
 
 def test_the_first_modality_gives_a_row_its_name(manifest):
     path = manifest(path=["a.jpg"], caption=["a cat"])
-    assert list_pairs(path, [TEXT, IMAGE]).name(0) == "a cat"
+    assert list_pairs(path, [TEXT, IMAGE]).name(0) == "a cat, row 1"
 
 
 def test_a_column_of_its_own_comes_before_others(manifest, tmp_path):
@@ -80,7 +80,7 @@ def test_path_is_what_no_other_column_gives(manifest, tmp_path):
 def test_where_path_could_be_of_two_modalities_it_is_of_none(manifest):
     path = manifest(path=["a.jpg"], label=["x"])
     with pytest.raises(
-        UserError, match=r"nothing of modality image: it needs a column image_path, but has path, label"
+        UserError, match=r"which of image and audio its path is of: .*\(image_path, audio_path\), but .* path, label"
     ):
         list_pairs(path, [IMAGE, AUDIO])
 
@@ -201,11 +201,11 @@ def test_files_that_do_not_say_what_belongs_together(folder):
     root = folder("a.jpg", "b.txt")
     with pytest.raises(UserError, match="no files of image and text belong together: give them one name"):
         list_pairs(root, [IMAGE, TEXT])
+    with pytest.raises(UserError, match="holds no file of modality audio"):
+        list_pairs(root, [IMAGE, AUDIO])
     folder("a.txt", "a.png")
     with pytest.raises(UserError, match=r"a\.(png|jpg) and .*a\.(png|jpg) have one name"):
         list_pairs(root, [IMAGE, TEXT])
-    with pytest.raises(UserError, match="holds no file of modality audio"):
-        list_pairs(root, [IMAGE, AUDIO])
 
 
 def test_of_three_towers_a_name_may_lack_one(folder):

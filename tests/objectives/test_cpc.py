@@ -15,9 +15,9 @@ from mmssl.errors import UserError
 from mmssl.objectives import cpc
 from mmssl.objectives.cpc import CPC, lines, turn
 from modalities.encoder import MODALITIES
+from tasks.batches import make_buckets
 from tasks.build import as_objective, build_objective, load_recipe
 from tasks.cli import main
-from tasks.batches import make_buckets
 from tasks.pretrain import pretrain
 
 RATE, HOP, SAMPLES = 8000, 40, 1280

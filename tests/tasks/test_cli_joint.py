@@ -51,6 +51,14 @@ def test_classes_come_from_a_file_and_predictions_go_into_one(ask, run, photos, 
     assert len(rows) == 3 * 8
 
 
+def test_a_long_name_is_no_file(ask, run, files):
+    code, out, err = ask("zero-shot", run, files[0], "--classes", "a" * 300, "--json")
+    assert (code, "is the only class" in err) == (2, True)
+    code, out, _ = ask("zero-shot", run, files[0], "--classes", f"{'a' * 300},b", "--json")
+    assert code == 0
+    assert {one["label"] for one in json.loads(out)["files"][0]["predictions"]} == {"a" * 300, "b"}
+
+
 def test_accuracy_on_a_folder_with_labels(ask, run, photos, tmp_path):
     code, out, _ = ask("zero-shot", run, "--test", photos / "test", "--template", "photo", "--json")
     assert code == 0
@@ -127,11 +135,16 @@ MISTAKES = {
     "zero-shot {plain} {photo} --classes a,b": "has one encoder, image, and nothing to compare it with",
     "zero-shot {run} {photo} --classes a": "'a' is the only class",
     "zero-shot {run} {photo} --classes a,,b": "blank",
+    "zero-shot {run} {photo} --classes ,": "blank",
+    "zero-shot {run} https://example.org/a.jpg --classes a,b": "https://example.org/a.jpg is a URL, and nothing is",
+    "zero-shot {run} {photo} --classes {long}.txt": "name too long",
+    "zero-shot {run} {photo} --classes a,b --temperature 1e-40": "temperature 1e-40: give a number from",
+    "zero-shot {run} {photo} --classes a,b --temperature nan": "temperature nan: give a number from",
     "zero-shot {run} {photo} --classes a,b,a": "'a' is given twice",
     "zero-shot {run} {photo} --classes no.txt": "no.txt does not exist",
     "zero-shot {run} {photo} --classes a,b --template photos": "did you mean 'photo'?",
     "zero-shot {run} {photo} --classes a,b --top 0": "--top 0: give a number from 1",
-    "zero-shot {run} {photo} --classes a,b --threshold 2": "scores go from 0 to 1",
+    "zero-shot {run} {photo} --classes a,b --threshold 2": "threshold 2.0: give a number from 0 to 1",
     "zero-shot {run} {photo} --classes a,b --out {plain}/x.txt": "must end in one of them",
     "zero-shot {run} {photo} --classes a,b --modality imge": "did you mean 'image'?",
     "zero-shot {run} --test {photos}/test --top 3": "--top is for files",
@@ -163,7 +176,7 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_gets_one_sentence_and_exit_2(ask, run, photos, plain, files, tmp_path, line):
     rows = write_rows(tmp_path / "rows.csv", [{"path": str(files[0]), "caption": "one"}])
-    places = {"run": run, "photos": photos, "photo": files[0], "plain": plain, "rows": rows}
+    places = {"run": run, "photos": photos, "photo": files[0], "plain": plain, "rows": rows, "long": "a" * 300}
     words = [word.format(**places) for word in line.split()]
     code, out, err = ask(*words)
     assert code == 2, err

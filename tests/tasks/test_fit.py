@@ -78,7 +78,8 @@ def test_the_encoder_folder_holds_the_averages_and_the_objective_the_weights(str
 
 
 @pytest.mark.parametrize(
-    ("modality", "workers"), [("image", 0), ("image", 2), ("video", 2), ("audio", 2), ("pairs", 2), ("cpc", 2)]
+    ("modality", "workers"),
+    [("image", 0), ("image", 2), ("video", 2), ("audio", 2), ("pairs", 2), ("cpc", 2), ("clip", 2)],
 )
 def test_resuming_is_bitwise_the_same_whatever_the_workers(straight, materials, tmp_path, modality, workers):
     recipe, folder, settings = materials[modality]
@@ -429,6 +430,6 @@ class Fatal:
 
 
 def test_a_killed_data_worker_is_a_sentence(tmp_path, photos, tiny_settings, monkeypatch):
-    monkeypatch.setattr("modalities.image.Image.views", lambda self, signal: Fatal())
+    monkeypatch.setattr("modalities.image.Image.views", lambda self, signal, tokenizer: Fatal())
     with pytest.raises(MmsslError, match=r"a data worker was killed.*lower data\.workers"):
         pretrain("image-mae-tiny", photos, tmp_path / "run", {**tiny_settings, "data.workers": 1})

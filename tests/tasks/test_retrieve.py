@@ -159,6 +159,49 @@ def test_of_several_modalities_the_centre_is_measured_with_each(rows, sounds, tm
             retrieve(run, data, between=wrong)
 
 
+def test_two_of_three_modalities_are_measured_on_the_rows_that_have_both(rows, sounds, tmp_path):
+    run = untrained(tmp_path / "run", "image", "text", "audio")
+    tones = sorted(sounds.rglob("*.*"))[:8]
+    named = [{"image_path": "" if i in (0, 1) else row["path"], "caption": "" if i == 7 else row["caption"],
+              "audio_path": "" if i == 5 else str(tone)}
+             for i, (row, tone) in enumerate(zip(rows, tones, strict=True))]  # fmt: skip
+    data = write_rows(tmp_path / "rows.csv", [*named, {"image_path": "", "caption": "", "audio_path": ""}])
+    found = retrieve(run, data, between=("text", "audio"))
+    assert found.as_dict()["queries"] == found.as_dict()["rows"] == {"text_to_audio": 6, "audio_to_text": 6}
+    assert all("the 6 of 9 rows that have both" in line for line in found.lines())
+    found = retrieve(run, data)
+    assert found.rows == {"image_to_text": 5, "text_to_image": 5, "image_to_audio": 5, "audio_to_image": 5}
+    assert found.as_dict()["queries"] == found.rows
+    pairs = write_rows(tmp_path / "two.csv", [{**row, "caption": ""} for row in named])
+    with pytest.raises(UserError, match="no row has both text and audio"):
+        retrieve(run, pairs, between=("text", "audio"))
+    for i, row in enumerate(named[:3]):
+        for name, key in (("txt", "caption"), ("wav", "audio_path")):
+            (tmp_path / "d").mkdir(exist_ok=True)
+            link = tmp_path / "d" / f"{i}.{name}"
+            link.write_text(row[key]) if name == "txt" else link.symlink_to(row[key])
+    assert retrieve(run, tmp_path / "d", between=("audio", "text")).rows["audio_to_text"] == 3
+
+
+def test_of_two_towers_a_row_without_one_is_a_mistake(run, rows, tmp_path):
+    with pytest.raises(UserError, match="row 2 has no text"):
+        retrieve(run, write_rows(tmp_path / "rows.csv", [rows[0], {**rows[1], "caption": ""}]))
+
+
+def test_texts_that_read_alike_are_one(rows, tmp_path):
+    run = untrained(tmp_path / "run", "image", "words")
+    long = " ".join(f"w{i}" for i in range(20))
+    for i, words in enumerate(("Red", " red ", "RED", f"{long} up", f"{long} down")):
+        rows[i]["caption"] = words
+    named = [{"image_path": row["path"], "text_path": f"{i}.txt"} for i, row in enumerate(rows)]
+    for i, row in enumerate(rows):
+        (tmp_path / f"{i}.txt").write_text(f"{row['caption']}\n")
+    for data in (rows, named):
+        found = retrieve(run, write_rows(tmp_path / "rows.csv", data))
+        assert found.directions["text_to_image"].queries == 8 - 2 - 1
+        assert found.directions["text_to_image"].chance["recall@1"] == pytest.approx((3 + 2 + 3) / 8 / 5)
+
+
 def test_the_gallery_frames_what_is_right_and_the_page_shows_it(run, rows, tmp_path):
     out = tmp_path / "out"
     result = retrieve(run, write_rows(tmp_path / "rows.csv", rows), out=out)

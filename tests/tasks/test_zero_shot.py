@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from towers import untrained
+from towers import untrained, write_rows
 
 from mmssl import Document, JointEncoder, ZeroShotClassifier, list_files, zero_shot
 from mmssl.errors import UnusableData, UserError
@@ -112,6 +112,11 @@ def test_what_is_no_input_is_said_in_a_sentence(run, files, tmp_path):
         classify(np.zeros((8, 8, 3)))
     with pytest.raises(ValueError, match="preprocessed float signal"):
         classify(torch.zeros(3, 16, 16, dtype=torch.uint8))
+    for shape in ((1, 16, 16), (2, 1, 16, 16), (16, 16), (16,)):
+        with pytest.raises(ValueError, match="has 3 channels and 2 more axes"):
+            classify(torch.zeros(shape))
+    with pytest.raises(UnusableData, match="input 2 of 2: its vector is NaN"):
+        classify([files[0], torch.full((3, 16, 16), math.nan)])
     with pytest.raises(TypeError, match="a path, a PIL picture or a float tensor is needed, but got int"):
         classify(3)
     (tmp_path / "broken.png").write_bytes(b"words")
@@ -152,6 +157,31 @@ def test_names_of_any_letters_and_many(run, files):
     assert many.class_vectors.shape == (1000, 8)
 
 
+def test_classes_and_templates_may_be_any_iterables(run, files):
+    classify = ZeroShotClassifier(run, (name for name in CLASSES), (one for one in TEMPLATES))
+    assert classify(files[0]) == ZeroShotClassifier(run, CLASSES, TEMPLATES)(files[0])
+    twice = {"cat": (word for word in ("cat", "kitten")), "dog": "dog"}
+    assert ZeroShotClassifier(run, twice).words == {"cat": ["cat", "kitten"], "dog": ["dog"]}
+
+
+def test_names_that_read_alike_to_the_text_tower_are_refused(tmp_path):
+    run = untrained(tmp_path / "run", "image", "words")
+    for other in ("red", " Red  ", "RED"):
+        with pytest.raises(UserError, match=f"'Red' and '{other}' read alike to this encoder"):
+            ZeroShotClassifier(run, ["Red", "blue", other])
+    with pytest.raises(UserError, match="'red' and 'blue' read alike to this encoder"):
+        ZeroShotClassifier(run, ["red", "blue"], f"{'a ' * 14}{{}}")  # cut before the name
+    # Some words of two classes may be the same.
+    ZeroShotClassifier(run, {"river": ["bank", "shore"], "money": ["Bank", "coins"]})
+
+
+def test_a_text_of_a_manifest_is_named_by_what_it_says(run, tmp_path):
+    data = write_rows(tmp_path / "manifest.csv", [{"caption": "a red picture", "label": "red"}])
+    for given in (data, tmp_path):
+        found = name_files(ZeroShotClassifier(run, CLASSES, modality="text"), [given])
+        assert [path for path, _ in found.predictions] == ["a red picture"]
+
+
 def test_templates():
     assert chosen(None) == BARE == ("{}",)
     assert chosen("a photo of a {}.") == ("a photo of a {}.",)
@@ -185,9 +215,21 @@ def test_templates():
         (["cat"], {}, "'cat' is the only class"),
         (["cat", "d\0g"], {}, "NUL"),
         (["cat", "\ud800"], {}, "lone surrogate"),
-        (["cat", "dog"], {"threshold": 30}, "threshold 30: scores go from 0 to 1"),
+        (["cat", "dog"], {"threshold": 30}, "threshold 30: give a number from 0 to 1"),
+        (["cat", "dog"], {"threshold": "high"}, "threshold high: give a number from 0 to 1"),
         (["cat", "dog"], {"threshold": math.nan}, "threshold nan"),
-        (["cat", "dog"], {"temperature": 0.0}, "temperature 0: give a number above 0"),
+        (["cat", "dog"], {"temperature": 0.0}, "temperature 0.0: give a number from 1e-06"),
+        (["cat", "dog"], {"temperature": 1e-40}, "temperature 1e-40: give a number"),
+        (["cat", "dog"], {"temperature": math.nan}, "temperature nan: give a number"),
+        (None, {}, "classes are a list of texts, but got None"),
+        (3, {}, "classes are a list of texts, but got 3"),
+        (["cat", 3], {}, "but there is 3 among them"),
+        (["cat", ["dog"]], {}, "but there is ['dog'] among them"),
+        ({"cat": None, "dog": "dog"}, {}, "the words of class 'cat' are a list of texts, but got None"),
+        ({"cat": ["cat", 3], "dog": "dog"}, {}, "there is 3 among them"),
+        ([" ", " "], {}, "blank"),
+        (["cat", "dog"], {"templates": 3}, "templates are a list of texts, but got 3"),
+        (["cat", "dog"], {"templates": ["{}", None]}, "there is None among them"),
         (["cat", "dog"], {"modality": "imag"}, "did you mean 'image'?"),
         (["cat", "dog"], {"templates": "a photo"}, "'a photo of a {}.'"),
     ],

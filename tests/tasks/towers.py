@@ -15,6 +15,15 @@ TOWERS = {
         "signal": {"sentences": 2, "length": 64},
         "model": {"tokenizer": {"name": "sentences"}, "backbone": BACKBONE},
     },
+    "words": {
+        "signal": {"context": 16},
+        "model": {
+            "tokenizer": {"name": "bpe", "vocab_size": 520, "merges": "r e\nre d</w>"},
+            "backbone": {**BACKBONE, "name": "causal", "rotary": False, "memory": None},
+            "cls_token": False,
+            "pool": "last",
+        },
+    },
     "audio": {
         "signal": {"sample_rate": 8000, "seconds": 0.32, "mels": 32, "fill": "pad"},
         "model": {"tokenizer": {"patch_size": [8, 8]}, "backbone": BACKBONE},
@@ -26,15 +35,18 @@ TOWERS = {
 }
 
 
-def untrained(folder, *names, **objective):
-    """Write a run of the towers called so; keywords are settings of the objective."""
+def untrained(folder, *names, seed=0, **objective):
+    """Write a run of the towers called so; keywords are settings of the objective.
+
+    "words" is a tower of text that reads tokens.
+    """
     run = Run(folder)
     run.path.mkdir(parents=True)
     recipe = parse_recipe(
         {
-            "towers": {name: TOWERS[name] for name in names},
+            "towers": {"text" if name == "words" else name: TOWERS[name] for name in names},
             "objective": {"name": "clip", "dim": 8, **objective},
-            "train": {"steps": 1, "batch_size": 2},
+            "train": {"steps": 1, "batch_size": 2, "seed": seed},
         },
         "test",
     )

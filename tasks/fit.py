@@ -31,7 +31,7 @@ from tasks.build import (
     default_device,
     parse_recipe,
 )
-from tasks.initial import Weights, known_tokenizer, read_weights, take, tower_weights
+from tasks.initial import Taken, Weights, collapsed, known_tokenizer, read_weights, take, tower_weights
 from tasks.validation import Validation, Validator
 from tasks.writer import Writer, say
 
@@ -156,7 +156,9 @@ def start_from(objective: nn.Module, recipe: Recipe, initial: Weights | None) ->
     That is ``initial`` or what is at ``train.init_from``, and then for single towers what is at theirs.
     """
     for weights in sources(recipe, initial):
-        say(str(take(objective, weights)))
+        taken = take(objective, weights)
+        say(str(taken))
+        check_kept(recipe, taken)
 
 
 def sources(recipe: Recipe, initial: Weights | None = None) -> list[Weights]:
@@ -165,7 +167,34 @@ def sources(recipe: Recipe, initial: Weights | None = None) -> list[Weights]:
         initial = read_weights(Path(recipe.train.init_from))
     towers = {name: getattr(config, "init_from", None) for name, config in recipe.encoders.items()}
     singly = [tower_weights(Path(path), name) for name, path in towers.items() if path is not None]
-    return ([] if initial is None else [initial]) + singly
+    found = ([] if initial is None else [initial]) + singly
+    for weights in found:
+        check_heads(recipe, weights)
+    return found
+
+
+def check_heads(recipe: Recipe, weights: Weights) -> None:
+    """Raise UserError where weights are of another number of heads, which fits in shape and means something else."""
+    for name, config in recipe.encoders.items():
+        prefix = recipe.prefix(name)
+        there, here = weights.backbone.get("num_heads"), getattr(config.model.backbone, "num_heads", None)
+        if list(weights.grids) == [prefix or "encoder."] and None not in (there, here) and there != here:
+            key = f"{prefix}model.backbone.num_heads"
+            raise UserError(
+                f"{key} is {here}, but the weights of {weights.source} are of {there} heads: set {key}={there}"
+            )
+
+
+def check_kept(recipe: Recipe, taken: Taken) -> None:
+    """Raise UserError where a locked tower is not quite what it starts from."""
+    for name in getattr(recipe.objective, "locked", ()):
+        prefix = f"towers.{name}."
+        other = [one for one in (*taken.fresh, *taken.misfits, *taken.unknown) if one.startswith(prefix)]
+        if other and any(one.startswith(prefix) for one in taken.copied):
+            raise UserError(
+                f"objective.locked: '{name}' is to stay what {taken.source} is, but differs from it in "
+                f"{', '.join(collapsed(other, other))}; give towers.{name} the settings of {taken.source}"
+            )
 
 
 def check_batch(recipe: Recipe, me: World) -> None:

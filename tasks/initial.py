@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmssl.backbones.positions import Positions, resize_table
+from mmssl.backbones.positions import Positions, resize_table, resized_sincos
 from mmssl.contracts import Grid
 from mmssl.errors import UserError
 from modalities.encoder import encoder_folder
@@ -43,7 +43,7 @@ class Taken:
     source: str
     copied: list[str]
     resized: list[str]
-    """Position tables interpolated to another grid."""
+    """Position tables interpolated to another grid, or computed as they were there."""
     misfits: list[str]
     """In both, but of another shape."""
     unknown: list[str]
@@ -170,18 +170,38 @@ def take(objective: nn.Module, weights: Weights) -> Taken:
             resized.append(name)
         else:
             misfits.append(name)
+    tables = _computed(objective, own.keys() - weights.tensors.keys(), weights, state)
+    state |= tables
     if not any(".backbone." in name for name in state):
         raise UserError(f"no weight of {weights.source} fits this model's backbone{_why(own, weights, misfits)}")
     if not any(tensor.is_meta for tensor in own.values()):  # a sketch is only asked what would fit
         objective.load_state_dict(state, strict=False)
     return Taken(
         weights.source,
-        sorted(state.keys() - set(resized)),
-        sorted(resized),
+        sorted(state.keys() - tables.keys() - set(resized)),
+        sorted([*resized, *tables]),
         sorted(misfits),
         sorted(weights.tensors.keys() - own.keys()),
-        sorted(own.keys() - weights.tensors.keys()),
+        sorted(own.keys() - weights.tensors.keys() - tables.keys()),
     )
+
+
+def _computed(
+    objective: nn.Module, fresh: Iterable[str], weights: Weights, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the positions to begin with where they are to be learned and were sines there, of which nothing is stored.
+
+    ``fresh`` are tensors that the source has not, ``state`` what was taken from it.
+    """
+    tables = {}
+    for name in fresh:
+        module = name.rpartition(".")[0]
+        owner, grid = objective.get_submodule(module), weights.grid_of(name)
+        beside = module.rpartition(".")[0] + "."
+        taken = any(other.startswith(beside) for other in state)
+        if isinstance(owner, Positions) and owner.kind == "learned" and taken and len(grid) == len(owner.grid):
+            tables[name] = resized_sincos(grid, owner.dim, owner.grid, owner.extend)
+    return tables
 
 
 def _why(own: Mapping[str, Tensor], weights: Weights, misfits: Sequence[str]) -> str:

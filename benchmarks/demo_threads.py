@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from mmssl.run import Run
-from tasks.demo import PICTURES, PRETRAINING, unpack
+from tasks.demo import unpack
+from tasks.demo_image import DEMO, PRETRAINING
 from tasks.pretrain import pretrain
 
 PICTURES_SEEN = 12_800
@@ -29,7 +30,7 @@ def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        unpack(PICTURES, data)
+        unpack(DEMO.archive, data)
         found = {
             row: max(pace(data, Path(folder) / f"{row}-{turn}", *row) for turn in range(2))
             for row in ROWS

@@ -21,7 +21,8 @@ assert {"image-mae-tiny", "image-mae-s16", "image-mae-b16"} <= set(recipe_names(
 load_recipe("image-mae-tiny")
 for stage in range(4):
     assert system_config(f"zero{stage}")["zero_optimization"]["stage"] == stage
-for name, suffix, count in (("image", "png", 10412), ("video", "mp4", 120), ("audio", "ogg", 1212)):
+COUNTS = {"image": ("png", 10412), "video": ("mp4", 120), "audio": ("ogg", 1212), "image-text": ("webp", 1828)}
+for name, (suffix, count) in COUNTS.items():
     unpack(demos()[name].archive, Path("data", name))
     assert len(list(Path("data", name).rglob(f"*.{suffix}"))) == count
 assert (DATA / "LICENSES.txt").is_file() and (DATA / "README.md").is_file()

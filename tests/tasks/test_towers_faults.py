@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from mmssl.backbones.positions import resize_table, sincos
 from mmssl.config import read_yaml
 from mmssl.data.guard import BrokenFile
 from mmssl.errors import UserError
-from modalities.encoder import load
+from modalities.encoder import Encoder, EncoderConfig, load, typed
 from modalities.text_bpe import read_merges
 from modalities.text_settings import BPETokenizer
 from modalities.text_tokens import Subwords
 from modalities.towers import TowerViews, blank
-from tasks.build import RECIPES, load_recipe
-from tasks.fit import check_batch, inherited
+from tasks.build import RECIPES, build_objective, load_recipe
+from tasks.fit import check_batch, inherited, sources
+from tasks.initial import take
 from tasks.pretrain import dry_run, pretrain
 
 TOKENIZER = "towers.text.model.tokenizer"
@@ -220,3 +222,49 @@ def test_an_encoder_without_a_vocabulary_says_so(source, tmp_path):
     with pytest.raises(UserError, match=r"model\.tokenizer\.merges is null"):
         _ = load(folder).transform
     assert BPETokenizer(merges="").known() == ""
+
+
+# --- what a tower starts from ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoder_folder(tmp_path):
+    """Write an untrained picture encoder whose positions are sines; keywords change its model."""
+
+    def make(**model):
+        backbone = {"dim": 16, "depth": 2, "num_heads": 2}
+        config = typed(EncoderConfig, "image", "test")(
+            modality="image",
+            signal={"size": [24, 16]},
+            model={"tokenizer": {"patch_size": 8}, "backbone": backbone} | model,
+        )
+        Encoder(config).save(tmp_path / "encoder")
+        return tmp_path / "encoder"
+
+    return make
+
+
+def test_positions_that_were_sines_are_where_learned_ones_begin(settings, encoder_folder):
+    start = settings | {"towers.image.init_from": str(encoder_folder())}
+    recipe = load_recipe("clip-tiny", start)
+    objective = build_objective(load_recipe("clip-tiny", settings))
+    (weights,) = sources(recipe)
+    taken = take(objective, weights)
+    name = "towers.image._tokenizer.positions.table"
+    assert name in taken.resized
+    assert not any(one.startswith("towers.image.") for one in taken.fresh)
+    torch.testing.assert_close(objective.state_dict()[name], resize_table(sincos((3, 2), 16), (3, 2), (2, 2)))
+
+
+def test_another_number_of_heads_is_refused(settings, encoder_folder):
+    source = encoder_folder(backbone={"dim": 16, "depth": 2, "num_heads": 4})
+    recipe = load_recipe("clip-tiny", settings | {"towers.image.init_from": str(source)})
+    with pytest.raises(UserError, match=r"num_heads is 2, but .* are of 4 heads: set towers.image.model.backbone"):
+        dry_run(recipe, None)
+
+
+def test_a_locked_tower_that_would_not_be_what_it_starts_from_is_refused(settings, data, encoder_folder, tmp_path):
+    changes = {"towers.image.init_from": str(encoder_folder(cls_token=False)), "objective.locked": ["image"]}
+    with pytest.raises(UserError, match=r"'image' is to stay what .* is, but differs from it in .*cls_token"):
+        pretrain("clip-tiny", data(), tmp_path / "run", settings | changes)
+    assert not (tmp_path / "run").exists()

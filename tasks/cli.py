@@ -53,7 +53,9 @@ def options(
 
 @app.command()
 def demo(
-    modality: Annotated[str, typer.Option(help="What to learn from: image, video, audio, speech or image-text.")] = "image",
+    modality: Annotated[
+        str, typer.Option(help="What to learn from: image, video, audio, speech or image-text.")
+    ] = "image",
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo-run"),
     as_json: Json = False,
 ) -> None:

@@ -37,7 +37,11 @@ class ZeroShotPredictions(PredictResult):
             return
         best = [(path, [{**one[0], "label": one[0]["label"] or NONE}]) for path, one in self.predictions]
         PredictResult(best, self.skipped, self.out).render(console)
-        console.print(f"{NONE}: no class has a score of {self.threshold:g}", markup=False)
+        left = sum(one[0]["label"] is None for _, one in self.predictions)
+        console.print(
+            f"{left} of {len(self.predictions)} files are {NONE}: no class reaches a score of {self.threshold:g}",
+            markup=False,
+        )
 
 
 class OpenSet(NamedTuple):

@@ -48,11 +48,6 @@ def check_maskable(encoder: EncoderModule) -> None:
             "masked autoencoding needs patches that do not overlap, or what is masked shows in its neighbours: "
             "take another model.tokenizer.name"
         )
-    if encoder.tokenizer.symbols:
-        raise ValueError(
-            f"masked autoencoding predicts values, but those of modality {encoder.modality} are symbols, between which "
-            "there is no distance"
-        )
     if isinstance(encoder.backbone, Streams | PixelCNN):
         raise ValueError(
             "masked autoencoding needs a backbone that looks at all tokens, but this one reads them in their order: "
@@ -67,6 +62,11 @@ def check_maskable(encoder: EncoderModule) -> None:
         raise ValueError(
             "masked autoencoding cannot use tokens that do not tell where they are, for what is masked is known by its "
             "place alone: take another model.tokenizer.name"
+        )
+    if encoder.tokenizer.symbols:
+        raise ValueError(
+            f"masked autoencoding predicts values, but those of modality {encoder.modality} are symbols, between which "
+            "there is no distance"
         )
 
 

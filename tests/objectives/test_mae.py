@@ -209,6 +209,7 @@ CROPS = {"name": "crops", "patch_size": 8, "stride": 4, "blocks": (1,), "channel
     ("image", {"backbone": {"name": "pixelcnn", "dim": 16, "depth": 1}}, "a backbone that looks at all tokens"),
     ("image", {"backbone": VIT, "output": "latent"}, r"with model\.output 'latent' leaves out: set model\.output"),
     ("text", {"backbone": VIT}, "cannot use tokens that do not tell where they are"),
+    ("text", {"tokenizer": {"name": "bpe"}, "backbone": VIT}, "symbols, between which there is no distance"),
 ])  # fmt: skip
 def test_encoders_that_cannot_be_masked_are_a_sentence(objective, modality, model, words):
     config = typed(EncoderConfig, modality, "test")

@@ -179,8 +179,9 @@ def finding(columns: Sequence[str], rows: Rows) -> str:
 
 
 def _against(what: str, right: Score, pixels: Score) -> str:
-    verdict = "tell more" if pixels.low > right.high else "tell fewer" if pixels.high < right.low else "tell as many"
-    return f"raw pixels {verdict} {what} ({pixels.value:.0%})"
+    unlike = pixels.low > right.high or pixels.high < right.low
+    verdict = ("more" if pixels.value > right.value else "fewer") if unlike else "no clear difference"
+    return f"by raw pixels {pixels.value:.0%} of {what}, {verdict}"
 
 
 DEMO = Demo(

@@ -38,9 +38,6 @@ def read_head(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor
         tensors = load_file(folder / f"{name}.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: not a readable {name} ({error})") from None
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise UserError(f"{folder / name}.safetensors: {bad[0]} is NaN or infinite, so what it was trained to is lost")
     if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
         raise UserError(f"{file}: not written in format {FORMAT}, which this mmssl reads")
     return facts, tensors

@@ -68,6 +68,9 @@ class JointEncoder:
         except RuntimeError as error:
             words = str(error).splitlines()[-1].strip()
             raise UserError(f"{folder}: {NAME}.safetensors does not fit {NAME}.json ({words})") from None
+        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if bad:
+            raise UserError(f"{folder / NAME}.safetensors: {bad[0]} is NaN or infinite, so nothing can be compared")
         self.head = head.eval()
         if not self.temperature.scale() > 0:
             raise UserError(f"{folder}: the temperature in {NAME}.safetensors makes all similarities zero")

@@ -251,7 +251,7 @@ class Reconstruction(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where training stands, for schedules inside an objective (teacher momentum, temperatures)."""
+    """Where training stands, told to ``after_step`` (all weights whole): for teacher momentum, temperatures ..."""
 
     step: int
     steps: int

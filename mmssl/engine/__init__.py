@@ -1,6 +1,7 @@
 """The engine: one loop, and two ways to take an optimiser step in it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,6 +27,10 @@ class Engine(Protocol):
 
     def step(self, micros: Micros, lr: float) -> StepResult:
         """Take one optimiser step on this rank's micro-batches at learning rate ``lr`` (times each group's scale)."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Return a context in which all parameters are whole on every rank, to be read. A collective."""
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ Importing this imports DeepSpeed: call ``mmssl.engine.deepspeed_setup.connect`` 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -86,6 +87,10 @@ class DeepSpeedEngine:
         dist.all_gather_object(found, (error.tensor, error.samples))
         guilty = [one for one in found if one[0] != "the loss itself"] or found
         return NonFiniteSamples(float("nan"), guilty[0][0], [index for _, samples in guilty for index in samples])
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Return a context in which stage 3 has gathered all parameters. A collective, and so is leaving it."""
+        return deepspeed.zero.GatheredParameters(list(self.names))  # type: ignore[no-any-return]
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters, moments, averages and buffers; see ``Engine.state``."""

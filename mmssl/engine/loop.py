@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -22,6 +22,10 @@ from mmssl.errors import MmsslError, NonFiniteLoss, Stopped, UnusableData, is_ou
 Loaded = tuple[Batch, list[tuple[int, str]]]
 
 
+def ignore(*_facts: object) -> None:
+    """Take what a hook is told and do nothing."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What the loop tells the world outside, on every rank (they decide themselves who writes)."""
@@ -36,6 +40,12 @@ class Hooks:
     """Return the name of a sample."""
     validate: Callable[[int], bool] | None = None
     """Measure after this many steps if it is time; returns whether to stop here. A collective."""
+    before: Callable[[int], None] = ignore
+    """A step begins, after this many: what will look at it gets ready."""
+    after: Callable[[int, Sequence[Batch]], None] = ignore
+    """A step was taken, of this number counted from 1, on these micro-batches. A collective, before ``log``."""
+    phase: Callable[[str], None] = ignore
+    """Note what this rank does next, in a word that goes on from "it is": reading, computing, writing ..."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +111,26 @@ def train(
     ):
         for step in range(start, limits.steps):
             began = time.monotonic()
+            hooks.phase("reading data")
             micros, fresh = read(batches, limits.accumulate, engine.device, hooks)
             waited = time.monotonic() - began
             # Whatever draws from the global generator starts each step from a known state: resume needs no more.
             torch.manual_seed(((limits.seed * 1_000_003 + step) * 4096 + world.rank) % 2**63)
+            hooks.phase("computing")
+            hooks.before(step)
             meter.add(engine.step(micros, schedule(step)), waited)
             done = step + 1
             if after_step is not None:
-                after_step(Progress(done, limits.steps))
+                with engine.whole():
+                    after_step(Progress(done, limits.steps))
+            hooks.after(done, micros)
 
             minutes = (time.monotonic() - clock) / 60
             due = world.is_main and limits.checkpoint_minutes is not None and minutes >= limits.checkpoint_minutes
             signals, anything_broken, timer = council.sum([stop[0], len(fresh), float(due)])
             for index, reason in chain(*council.gather(fresh)) if anything_broken else ():
                 broken = hooks.broken(index, reason)
+            hooks.phase("measuring")
             enough = hooks.validate is not None and hooks.validate(done)
             last = done == limits.steps or enough
             news = None
@@ -130,6 +146,7 @@ def train(
                 )
             every = limits.checkpoint_steps
             if last or signals or timer or (every is not None and done % every == 0):
+                hooks.phase("writing a checkpoint")
                 hooks.checkpoint(done)
                 written, clock = done, time.monotonic()
             if signals and not last:

@@ -1,6 +1,7 @@
 """The plain engine: one process, one device, no DeepSpeed."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,10 @@ class TorchEngine:
         if self.ema is not None:
             self.ema.update()
         return mean_result(steps, norm)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: parameters are whole always."""
+        return nullcontext()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters, moments, averages and buffers; see ``Engine.state``."""

@@ -1,14 +1,7 @@
-"""What each rank of ``test_batch_norm_over_two_ranks_is_that_of_the_whole_batch`` runs on its half of the batch.
-
-``python batch_norm_ranks.py FOLDER RANK SIZE``; rank r writes FOLDER/rank-r.safetensors.
-"""
-
-import sys
-from pathlib import Path
+"""What each rank of ``test_batch_norm_over_two_ranks_is_that_of_the_whole_batch`` runs on its half of the batch."""
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmssl.heads.batch_norm import BatchNorm
@@ -45,11 +38,3 @@ def walk(rank: int, size: int) -> dict[str, Tensor]:
             dist.all_reduce(total)
         found[name] = total
     return found
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    dist.init_process_group("gloo", init_method=f"file://{folder.resolve()}/meet", rank=rank, world_size=size)
-    save_file(walk(rank, size), folder / f"rank-{rank}.safetensors")
-    dist.destroy_process_group()

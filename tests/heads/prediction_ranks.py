@@ -1,14 +1,7 @@
-"""What each rank of ``test_two_ranks_equal_one_process`` runs on its half of the batch.
-
-``python prediction_ranks.py FOLDER RANK SIZE``; rank r writes FOLDER/rank-r.safetensors.
-"""
-
-import sys
-from pathlib import Path
+"""What each rank of ``test_two_ranks_equal_one_process`` runs on its half of the batch."""
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmssl.heads.prediction import ContrastivePrediction, NegativesConfig
@@ -66,11 +59,3 @@ def walk(rank: int, size: int) -> dict[str, Tensor]:
                     dist.all_reduce(total)
                 found[f"{name}{'-padded' * padded}/{key}"] = total
     return found
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    dist.init_process_group("gloo", init_method=f"file://{folder.resolve()}/meet", rank=rank, world_size=size)
-    save_file(walk(rank, size), folder / f"rank-{rank}.safetensors")
-    dist.destroy_process_group()

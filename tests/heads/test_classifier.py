@@ -4,15 +4,11 @@ Planted bugs that fail here: a backward pass that does not sum over the ranks, t
 statistics, the class token among the attended tokens, values and keys exchanged, the last blocks in reverse order.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from batch_norm_ranks import BATCH, DIM, STEPS, batches, walk
-from safetensors.torch import load_file
+from ranks import on_ranks
 
 from mmssl.config import validate
 from mmssl.errors import UserError
@@ -134,16 +130,8 @@ def test_one_sample_has_no_batch_statistics():
 
 
 @pytest.mark.distributed
-def test_batch_norm_over_two_ranks_is_that_of_the_whole_batch(tmp_path):
-    script = Path(__file__).with_name("batch_norm_ranks.py")
-    ranks = [subprocess.Popen([sys.executable, script, tmp_path, str(rank), "2"]) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    one, two = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2))
+def test_batch_norm_over_two_ranks_is_that_of_the_whole_batch():
+    one, two = on_ranks(walk)
     whole = walk(0, 1)
     for name in ("y", "x.grad"):
         torch.testing.assert_close(torch.cat([one[name], two[name]], 1), whole[name], rtol=1e-4, atol=1e-6)

@@ -4,17 +4,15 @@ Legend: B samples, L lines, T moments; a place is a moment of the whole batch, (
 """
 
 import math
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from prediction_ranks import SETTINGS, walk
 from predictors import roused
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from ranks import on_ranks
 from torch import nn
 
 from mmssl.backbones.blocks import uniform
@@ -366,16 +364,8 @@ def test_settings_that_leave_nothing_are_refused():
 
 
 @pytest.mark.distributed
-def test_two_ranks_equal_one_process(tmp_path):
-    script = Path(__file__).with_name("prediction_ranks.py")
-    ranks = [subprocess.Popen([sys.executable, script, tmp_path, str(rank), "2"]) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    one, two = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2))
+def test_two_ranks_equal_one_process():
+    one, two = on_ranks(walk)
     whole = walk(0, 1)
     assert {name.partition("/")[0].removesuffix("-padded") for name in whole} == SETTINGS.keys()
     for name, value in whole.items():

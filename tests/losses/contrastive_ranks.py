@@ -1,15 +1,8 @@
-"""What each rank of ``test_two_ranks_equal_one_process`` runs on its half of the pairs.
-
-``python contrastive_ranks.py FOLDER RANK SIZE``; rank r writes FOLDER/rank-r.safetensors.
-"""
-
-import sys
-from pathlib import Path
+"""What each rank of ``test_two_ranks_equal_one_process`` runs on its half of the pairs."""
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mmssl.losses.contrastive import PairLoss, pairwise_sigmoid, symmetric_info_nce
@@ -56,11 +49,3 @@ def walk(rank: int, size: int) -> dict[str, Tensor]:
                         dist.all_reduce(value)
                     found[f"{loss}/{name}/{key}"] = value
     return found
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    dist.init_process_group("gloo", init_method=f"file://{folder.resolve()}/meet", rank=rank, world_size=size)
-    save_file(walk(rank, size), folder / f"rank-{rank}.safetensors")
-    dist.destroy_process_group()

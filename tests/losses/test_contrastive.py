@@ -1,15 +1,12 @@
 """Losses of pairs in tiles: the whole matrix in float64 is the slow twin, and other people's losses agree."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from contrastive_ranks import LOSSES, PRESENT, walk
-from safetensors.torch import load_file
+from ranks import on_ranks
 
 from mmssl.cost import Live
 from mmssl.losses.contrastive import pairwise_sigmoid, symmetric_info_nce
@@ -235,16 +232,8 @@ def test_memory_is_linear_in_the_batch(loss):
 
 
 @pytest.mark.distributed
-def test_two_ranks_equal_one_process(tmp_path):
-    script = Path(__file__).with_name("contrastive_ranks.py")
-    ranks = [subprocess.Popen([sys.executable, script, tmp_path, str(rank), "2"]) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    one, two = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2))
+def test_two_ranks_equal_one_process():
+    one, two = on_ranks(walk)
     single = walk(0, 1)
     assert {name.rpartition("/")[0] for name in single} == {f"{loss}/{name}" for loss in LOSSES for name in PRESENT}
     assert one.keys() == two.keys() == single.keys()

@@ -1,19 +1,9 @@
-"""What each rank of ``test_clip`` runs on its half of the batch, and the tiny towers that tests share with it.
-
-``python clip_ranks.py FOLDER``, started once per rank with the environment that a launcher sets; rank r writes
-FOLDER/rank-r.safetensors with gradients, and rank 0 FOLDER/series.json with the losses of training under DeepSpeed.
-"""
-
-import json
-import sys
-from pathlib import Path
+"""What each rank of ``test_clip`` runs on its half of the batch, and the tiny towers that tests share with it."""
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
-from mmssl.distributed import world
-from mmssl.engine.deepspeed_setup import connect, merge, system_config
+from mmssl.engine.deepspeed_setup import merge, system_config
 from mmssl.engine.optim import adamw, param_groups
 from tasks.build import build_objective, parse_recipe
 
@@ -180,17 +170,6 @@ def train(name, rank, size):
     return losses
 
 
-def main(folder):
-    """Run everything as one of the ranks."""
-    torch.set_num_threads(1)
-    me = world()
-    connect(me, "cpu")
-    save_file(walk(me.rank, me.size), folder / f"rank-{me.rank}.safetensors")
-    found = {name: train(name, me.rank, me.size) for name in TRAINED}
-    if me.is_main:
-        (folder / "series.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def everything(rank, size):
+    """Return what ``walk`` does, and the losses of every trained case, as one of the ranks."""
+    return walk(rank, size) | {f"series/{name}": torch.tensor(train(name, rank, size)) for name in TRAINED}

@@ -1,17 +1,7 @@
-"""What each rank of ``test_clip_rows`` runs: ``python clip_repeated.py FOLDER``, in a launcher's environment.
+"""What each rank of ``test_clip_rows`` runs: loss, metrics and gradients, averaged over the ranks as engines do."""
 
-Rank r writes FOLDER/rank-r.safetensors: loss, metrics and gradients, averaged over the ranks as engines do.
-"""
-
-import sys
-from pathlib import Path
-
-import torch
 import torch.distributed as dist
 from clip_ranks import draw, gradients, make, share, with_missing
-from safetensors.torch import save_file
-
-from mmssl.distributed import world
 
 THREE = ("image", "text", "audio")
 ROWS = [0, 1, 2, 1, 4, 0]
@@ -33,13 +23,10 @@ def walk(batch):
     }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    me = world()
-    dist.init_process_group("gloo")
-    results = walk(share(repeated(), me.rank, me.size))
+def walk_on_ranks(rank, size):
+    """Return the same of a rank's share of the batch."""
+    results = walk(share(repeated(), rank, size))
     for value in results.values():
         dist.all_reduce(value)
-        value /= me.size
-    save_file(results, Path(sys.argv[1]) / f"rank-{me.rank}.safetensors")
-    dist.destroy_process_group()
+        value /= size
+    return results

@@ -5,13 +5,7 @@ temperature does not come back, a parameter without an axis, the share of a rank
 tower left in training, padding pooled, no norm before the first block, rotated texts.
 """
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +19,7 @@ from clip_ranks import (
     TRAINED,
     VOCABULARY,
     draw,
+    everything,
     gradients,
     make,
     objective_and_optimizer,
@@ -32,7 +27,7 @@ from clip_ranks import (
     walk,
     with_missing,
 )
-from safetensors.torch import load_file
+from ranks import on_ranks
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
@@ -370,32 +365,14 @@ def test_it_learns_concepts_that_it_finds_again_in_new_pairs():
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """What two ranks wrote."""
-    folder, script = tmp_path_factory.mktemp("ranks"), Path(__file__).with_name("clip_ranks.py")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared |= {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "DS_ACCELERATOR": "cpu"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, folder], env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-        )
-        for rank in "01"
-    ]
-    try:
-        assert [rank.wait(timeout=150) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    return folder
+def two_ranks():
+    """What two ranks found."""
+    return on_ranks(everything)
 
 
 @pytest.mark.distributed
 def test_two_ranks_have_the_loss_and_gradients_of_one_process(two_ranks):
-    one, two = (load_file(two_ranks / f"rank-{rank}.safetensors") for rank in range(2))
+    one, two = ({name: value for name, value in found.items() if "series/" not in name} for found in two_ranks)
     whole = walk(0, 1)
     assert {name.partition("/")[0] for name in whole} == CASES.keys()
     assert_same(one, whole, atol=1e-5, rtol=1e-4)
@@ -409,5 +386,4 @@ def test_deepspeed_on_two_ranks_trains_as_one_process(two_ranks, name):
     engine = TorchEngine(objective, optimizer, torch.device("cpu"), bf16=False, clip=None, ema=None)
     expected = series(engine, TRAINED[name][-1])
     assert max(expected) - min(expected) > 0.01
-    found = json.loads((two_ranks / "series.json").read_text())[name]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(two_ranks[0][f"series/{name}"], torch.tensor(expected), atol=1e-5, rtol=0)

@@ -3,17 +3,11 @@
 Planted bugs that fail here: indices compared on a rank alone, the last instead of the first look, one seed for all.
 """
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from clip_ranks import draw, make
-from clip_repeated import ROWS, repeated, walk
-from safetensors.torch import load_file
+from clip_repeated import ROWS, repeated, walk, walk_on_ranks
+from ranks import on_ranks
 
 from mmssl.cost import footprint
 from mmssl.errors import UserError
@@ -46,21 +40,9 @@ def test_a_row_that_is_there_twice_is_no_mismatch_of_itself(once):
 
 
 @pytest.mark.distributed
-def test_nor_is_one_that_is_on_two_ranks(once, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, Path(__file__).with_name("clip_repeated.py"), tmp_path]
-    ranks = [subprocess.Popen(words, env={**os.environ, **shared, "RANK": r, "LOCAL_RANK": r}) for r in "01"]
-    try:
-        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    for r in range(2):
-        assert_same(load_file(tmp_path / f"rank-{r}.safetensors"), once)
+def test_nor_is_one_that_is_on_two_ranks(once):
+    for found in on_ranks(walk_on_ranks):
+        assert_same(found, once)
 
 
 def test_towers_drop_on_their_own(monkeypatch):

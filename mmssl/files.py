@@ -1,5 +1,6 @@
 """Writing so that a reader sees the old content or the new, never half of it."""
 
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -87,3 +89,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def digest(tensors: Mapping[str, Tensor], more: str = "") -> str:
+    """Return a SHA-256, in hexadecimal digits, over ``more`` and the names and values of tensors, by name."""
+    found = hashlib.sha256(more.encode())
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

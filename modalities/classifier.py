@@ -1,9 +1,8 @@
 """The classifier: an encoder folder with a head beside it. Files in, class names and scores out."""
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from mmssl.config import validate
 from mmssl.errors import UserError
+from mmssl.files import digest
 from mmssl.objectives.classify import Classify, ClassifyConfig
 from modalities.encoder import Encoder, encoder_folder, load
-from modalities.heads import has_head, read_head, write_head
+from modalities.heads import OnEncoder, has_head, read_head, write_head
 from modalities.views import in_groups, over_views
 
 NAME = "classifier"
@@ -23,7 +23,7 @@ Prediction = dict[str, Any]
 """{"label": a class's name, "score": its probability}."""
 
 
-class Classifier:
+class Classifier(OnEncoder):
     """Scores files with what fine-tuning left in an encoder folder or a run folder."""
 
     def __init__(self, path: str | Path, signal: Mapping[str, Any] | None = None) -> None:
@@ -55,7 +55,8 @@ class Classifier:
     def _take(self, objective: Classify, classes: list[str]) -> None:
         assert isinstance(objective.encoder, Encoder)
         self.objective, self.classes = objective.eval(), list(classes)
-        self.encoder, self.multi_label = objective.encoder, objective.multi_label
+        self.reader = self.encoder = objective.encoder
+        self.multi_label = objective.multi_label
 
     def to(self, device: torch.device) -> Self:
         """Move it to a device."""
@@ -121,28 +122,9 @@ class Classifier:
             return scores.sigmoid().mean(1).logit()
         return scores.log_softmax(2).logsumexp(1) - math.log(scores.shape[1])
 
-    @property
-    def decode(self) -> Callable[[str], Any]:
-        """The encoder's decoder."""
-        return self.encoder.decode
-
-    @property
-    def transform(self) -> Callable[[Any], Tensor]:
-        """The encoder's evaluation transform."""
-        return self.encoder.transform
-
-    @property
-    def batch_size(self) -> int:
-        """The encoder's."""
-        return self.encoder.batch_size
-
     def fingerprint(self) -> str:
         """Return a SHA-256 over encoder, head and classes."""
-        digest = hashlib.sha256(f"{self.encoder.fingerprint()} {json.dumps(self.classes)}".encode())
-        for name, tensor in sorted(self.objective.head.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self.objective.head.state_dict(), f"{self.encoder.fingerprint()} {json.dumps(self.classes)}")
 
 
 def save_classifier(folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,5 @@
 """The encoder: tokenizer + backbone + pooling. All that pre-training leaves behind and downstream work needs."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from mmssl.contracts import Backbone, Batch, Grid, Modality, Pooling, State, Str
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.listing import Listing, list_files
 from mmssl.errors import UnusableData, UserError, nearest, sibling
-from mmssl.files import replacing_folder, save_tensors, write_json
+from mmssl.files import digest, replacing_folder, save_tensors, write_json
 from mmssl.heads.classifier import pooled
 from modalities.audio import Audio
 from modalities.image import Image
@@ -322,11 +321,7 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over weights and preprocessing: what two encoders share if they embed alike."""
-        digest = hashlib.sha256(json.dumps(self.config.model_dump(mode="json"), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self.state_dict(), json.dumps(self.config.model_dump(mode="json"), sort_keys=True))
 
     def save(self, folder: Path | str, state: Mapping[str, Tensor] | None = None) -> None:
         """Write an encoder folder (safetensors and JSON), with the tensors of ``state`` instead of its own if given."""

@@ -1,9 +1,9 @@
 """Heads that are kept beside an encoder, in its folder: tensors, and as JSON what they are made from again."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,6 +13,46 @@ from mmssl.errors import UserError
 from mmssl.files import save_tensors, write_json
 
 FORMAT = 1
+
+
+class Reader(Protocol):
+    """What knows how files become signals, and how many of them it takes at once."""
+
+    @property
+    def decode(self) -> Callable[[str], Any]:
+        """What decodes a file."""
+        ...
+
+    @property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """What makes a decoded file an evaluation signal, float32 [C, *size]."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """How many signals at once."""
+        ...
+
+
+class OnEncoder:
+    """What stands on an encoder, or on something else that does, and reads files as that does: its ``reader``."""
+
+    reader: Reader
+
+    @property
+    def decode(self) -> Callable[[str], Any]:
+        """The reader's decoder."""
+        return self.reader.decode
+
+    @property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """The reader's evaluation transform."""
+        return self.reader.transform
+
+    @property
+    def batch_size(self) -> int:
+        """The reader's."""
+        return self.reader.batch_size
 
 
 def has_head(folder: Path, name: str) -> bool:

@@ -1,7 +1,7 @@
 """Encoders with a way into a space that several modalities share: what CLIP leaves behind."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mmssl.config import Piece, validate
 from mmssl.data.guard import guarded
 from mmssl.errors import UnusableData, UserError, nearest
+from mmssl.files import digest
 from mmssl.objectives.clip import SIGMOID_BIAS, Loss, Temperature, projection, unit
-from modalities.encoder import MODALITIES, Encoder, encoder_folder, load
-from modalities.heads import has_head, read_head, write_head
+from modalities.encoder import MODALITIES, encoder_folder, load
+from modalities.heads import OnEncoder, has_head, read_head, write_head
 from modalities.views import in_groups, over_views
 
 NAME = "joint"
@@ -38,7 +39,7 @@ class JointFacts(Piece):
     """SHA-256 of the encoder's ``config.json``: that weights fit it does not say what the numbers of tokens mean."""
 
 
-class JointEncoder:
+class JointEncoder(OnEncoder):
     """Turns files or signals of one modality into unit vectors that compare with those of the others."""
 
     def __init__(self, path: str | Path, signal: Mapping[str, Any] | None = None) -> None:
@@ -47,7 +48,7 @@ class JointEncoder:
         ``path`` is an encoder folder of a run with several towers.
         """
         folder = encoder_folder(Path(path))
-        self.encoder: Encoder = load(folder, signal)
+        self.reader = self.encoder = load(folder, signal)
         if not has_head(folder, NAME):
             raise UserError(
                 f"{path} holds an encoder of modality {self.encoder.modality} alone, which compares with no other; one "
@@ -140,32 +141,13 @@ class JointEncoder:
         vectors = over_views(joint, signal, self.encoder.axes, self.encoder.most_signals)
         return unit(vectors.mean(1)) if vectors.ndim == 3 else vectors
 
-    @property
-    def decode(self) -> Callable[[str], Any]:
-        """The encoder's decoder."""
-        return self.encoder.decode
-
-    @property
-    def transform(self) -> Callable[[Any], Tensor]:
-        """The encoder's evaluation transform."""
-        return self.encoder.transform
-
-    @property
-    def batch_size(self) -> int:
-        """The encoder's."""
-        return self.encoder.batch_size
-
     def fingerprint(self) -> str:
         """Return a SHA-256 over encoder and projection: what two share if they embed alike."""
         return self._fingerprint
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{NAME} {self.encoder.fingerprint()}".encode())
-        for name, tensor in sorted(self.head["projection"].state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self.head["projection"].state_dict(), f"{NAME} {self.encoder.fingerprint()}")
 
 
 def joint_encoders(path: str | Path) -> dict[str, JointEncoder]:

@@ -23,7 +23,7 @@ from mmssl.distributed import Council, World, world
 from mmssl.engine import Engine
 from mmssl.engine.loop import Hooks
 from mmssl.errors import UserError
-from mmssl.files import replacing_folder, save_tensors, write_json
+from mmssl.files import digest, replacing_folder, save_tensors, write_json
 from mmssl.run import Run
 from modalities.kept import SAVE
 from tasks.build import Recipe, as_objective, build_objective, parse_recipe
@@ -48,10 +48,10 @@ class Writer:
         self.steps = recipe.steps(len(listing))
         self.written, self.began, self.warned = 0, time.monotonic(), False
         self.ledger = Ledger(run.ledger_file, write=me.is_main)
-        digest = hashlib.sha256(listing.contents())
+        files = hashlib.sha256(listing.contents())
         if targets is not None:
-            digest.update(targets.tobytes())
-        self.files = digest.hexdigest()
+            files.update(targets.tobytes())
+        self.files = files.hexdigest()
         self.trained_on = "files" if targets is None else "files or their labels"
 
     def hooks(self) -> Hooks:
@@ -175,20 +175,12 @@ def export(
     encoders = as_objective(objective).encoders()
     kept = objective.kept() if isinstance(objective, Keeps) else {}
     # Folders are replaced one after the other: what is in all of them says which belong together.
-    together = {"export": _digest(averaged)} if len(kept) > 1 else {}
+    together = {"export": digest(averaged)} if len(kept) > 1 else {}
     for modality, encoder in encoders.items():
         with replacing_folder(run.encoder_folder(modality, len(encoders) == 1)) as aside:
             encoder.save(aside, part(encoder))
             if modality in kept:
                 SAVE[kept[modality].name](aside, {**kept[modality].facts, **together}, part(kept[modality].head))
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_objective(path: Path) -> tuple[Recipe, nn.Module]:

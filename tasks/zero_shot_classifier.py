@@ -6,7 +6,7 @@ Shape legend: n files, C classes, T templates, d the width of the joint space.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
@@ -23,6 +23,7 @@ from mmssl.data.listing import Listing
 from mmssl.errors import UserError
 from mmssl.objectives.clip import unit
 from modalities.classifier import Prediction
+from modalities.heads import OnEncoder
 from modalities.joint import JointEncoder, check_together, joint_encoders, of_modality
 from tasks.features import CacheFolder, extract
 from tasks.predict import no_url
@@ -35,7 +36,7 @@ COLDEST, HOTTEST = 1e-6, 1e6
 """Temperatures between which scores are numbers."""
 
 
-class ZeroShotClassifier:
+class ZeroShotClassifier(OnEncoder):
     """Scores files by class names alone, with the towers of a run that learned from pairs with texts."""
 
     def __init__(
@@ -63,7 +64,7 @@ class ZeroShotClassifier:
         self.words = _words(classes)
         self.classes = list(self.words)
         self.templates = chosen(templates)
-        self.reader = reader(towers, where, modality)
+        self.reader: JointEncoder = reader(towers, where, modality)
         self.text = of_modality(towers, TEXT, where)
         self.threshold, self._cache = threshold, cache
         _check_number("threshold", threshold, 0, 1)
@@ -154,21 +155,6 @@ class ZeroShotClassifier:
     def features(self, signal: Tensor) -> Tensor:
         """Return cosine similarities float32 [B, C] on the CPU for preprocessed signals [B, C, *size]."""
         return self.reader.features(signal).cpu() @ self.class_vectors.T
-
-    @property
-    def decode(self) -> Callable[[str], Any]:
-        """The decoder of the inputs' tower."""
-        return self.reader.decode
-
-    @property
-    def transform(self) -> Callable[[Any], Tensor]:
-        """The evaluation transform of the inputs' tower."""
-        return self.reader.transform
-
-    @property
-    def batch_size(self) -> int:
-        """That of the inputs' tower."""
-        return self.reader.batch_size
 
     def fingerprint(self) -> str:
         """Return a text that changes whenever similarities would."""

@@ -41,15 +41,15 @@ def zero_shot_rows(name: str, towers: dict[str, JointEncoder], files: dict[tuple
 
 
 def retrieval_rows(name: str, towers: dict[str, JointEncoder], data: Path, styles: list[str]) -> None:
-    """Print a row per style and direction, of the things that nobody saw."""
+    """Print a row per direction: of the things that nobody saw, in each style, and of the known ones in the other."""
     image, text = towers["image"], towers["text"]
-    listing = list_pairs(data, [image.encoder.kind, text.encoder.kind], split="test")
-    for style in styles:
+    for split, style in (("train", styles[1]), *(("test", style) for style in styles)):
+        listing = list_pairs(data, [image.encoder.kind, text.encoder.kind], split=split)
         match = matches(image, text, of_style(listing, style))[0]
         for way in (match, match.turned()):
             found = direction(way)
             recalls = " | ".join(map(str, found.recall.values()))
-            print(f"| {name} | {style} test | {way.name.replace('_', ' ')} | {recalls} |")
+            print(f"| {name} | {style} {split} | {way.name.replace('_', ' ')} | {recalls} |")
 
 
 def nearest_row(name: str, extractor: Extractor, files: dict[tuple[str, str], Listing], styles: list[str]) -> None:

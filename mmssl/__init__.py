@@ -9,6 +9,7 @@ The public API of all three packages, imported when it is first used:
 - ``ZeroShotClassifier(run, classes)``: files in, names and scores out, of classes that nobody has trained on;
   ``zero_shot`` measures one on labels, ``retrieve`` whether modalities find each other. ``JointEncoder`` is one tower,
   ``Document`` a text to embed.
+- ``SearchIndex(encoder, folder)``: files of a folder by words or by example, ``search`` with a contact sheet.
 - ``knn``, ``linear_probe``, ``probe`` (by protocol), ``embed``: frozen evaluation; ``list_files`` makes the listings.
 - ``frame_probe``: single moments of sounds (``SoundFrames``) by the labels that ``read_segments`` reads.
 - ``ContrastivePrediction``: the contrastive loss of steps ahead, for objectives of one's own.
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from tasks.propagate import propagate
     from tasks.propagate_source import propagate_source
     from tasks.retrieve import retrieve
+    from tasks.search import search
+    from tasks.search_index import SearchIndex
     from tasks.segment_labels import read_segments
     from tasks.show import show
     from tasks.zero_shot import zero_shot
@@ -56,6 +59,7 @@ _HOME = {
     "JointEncoder": "modalities.joint",
     "Listing": "mmssl.data.listing",
     "MmsslError": "mmssl.errors",
+    "SearchIndex": "tasks.search_index",
     "SoundFrames": "tasks.frames",
     "UnusableData": "mmssl.errors",
     "UserError": "mmssl.errors",
@@ -76,6 +80,7 @@ _HOME = {
     "propagate_source": "tasks.propagate_source",
     "read_segments": "tasks.segment_labels",
     "retrieve": "tasks.retrieve",
+    "search": "tasks.search",
     "show": "tasks.show",
     "zero_shot": "tasks.zero_shot",
 }
@@ -88,6 +93,7 @@ __all__ = [
     "JointEncoder",
     "Listing",
     "MmsslError",
+    "SearchIndex",
     "SoundFrames",
     "UnusableData",
     "UserError",
@@ -108,6 +114,7 @@ __all__ = [
     "propagate_source",
     "read_segments",
     "retrieve",
+    "search",
     "show",
     "zero_shot",
 ]

@@ -18,6 +18,8 @@ from tasks import cli_measure as measure
 from tasks.build import load_recipe, recipe_names, recipe_path
 from tasks.cli_options import DeepSpeedConfig, Json, LocalRank, Overrides, Resume, SkipBroken, emit
 from tasks.cli_propagate import propagate
+from tasks.cli_search import search
+from tasks.cli_serve import serve
 
 app = typer.Typer(
     name="mmssl",
@@ -116,6 +118,8 @@ app.command(name="linear-probe")(measure.linear_probe)
 app.command()(propagate)
 app.command(name="zero-shot")(joint.zero_shot)
 app.command()(joint.retrieve)
+app.command()(search)
+app.command()(serve)
 
 
 @data_app.command()

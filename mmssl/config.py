@@ -11,6 +11,7 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -112,6 +113,10 @@ class ObjectiveConfig(Piece, ABC):
         """The column of a manifest that has one value for all samples of a batch, if it must."""
         return None
 
+    def synthetic_targets(self, files: int) -> np.ndarray[Any, Any] | None:
+        """Return a made-up target for each of so many files, where it learns from targets; else None."""
+        return None
+
     @abstractmethod
     def build(self, encoders: Mapping[str, EncoderModule]) -> Objective:
         """Make the objective around the encoders, given by modality."""
@@ -129,6 +134,12 @@ class DataConfig(Piece):
     """Fraction of the files that may be broken before pre-training stops with exit code 3."""
     timeout: Annotated[float, Field(gt=0, le=86400)] = 30.0
     """Seconds after which a decoder that still works on one file is interrupted, and the file counts as broken."""
+    window: Annotated[int, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """The order of an epoch: null shuffles all files. A number takes so many blocks (tar shards, row groups of parquet)
+    at a time, in random order, and shuffles their files: for what is slow to read here and there. auto: as many row
+    groups as a data worker keeps in memory, and null where nothing is read in row groups."""
+    log_samples: bool = False
+    """Write into samples.jsonl which samples each step was taken on: proof that none is skipped or repeated."""
 
 
 class OptimConfig(Piece):
@@ -195,9 +206,10 @@ class TrainConfig(Piece):
     accumulate: Annotated[int, Field(gt=0)] = 1
     """Micro-steps per optimiser step: less memory, the same result."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Parameters are fp32 always; bf16 autocasts the products. auto: bf16 on GPUs that have it and for wide models on
-    CPUs with AMX, else fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Parameters are fp32 always; bf16 and fp16 autocast the products, fp16 with a scale on the loss, for GPUs without
+    bf16. auto: what the DeepSpeed configuration says, else bf16 on GPUs that have it and for wide models on CPUs with
+    AMX, else fp32."""
     compile: bool = False
     """Compile the objective with ``torch.compile``."""
     engine: Literal["auto", "torch", "deepspeed"] = "auto"
@@ -206,8 +218,12 @@ class TrainConfig(Piece):
     """Start from the weights of a run or an encoder folder."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which then is what the encoder folder holds."""
+    hang_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """Of several ranks: stop when none gets on for so long, and say which one the others wait for."""
     log_every: Annotated[int, Field(gt=0)] = 10
     """Steps per line of metrics.jsonl; a line holds the mean over them."""
+    tensorboard: bool = False
+    """Write every line of metrics for TensorBoard too, into the run folder's tensorboard/."""
     validate_every: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between two measurements on the validation part, where there is one; the last step is always measured."""
     patience: Annotated[int, Field(gt=0)] | None = None

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 Batch: TypeAlias = dict[str, Tensor]
 """What collate makes and an objective consumes. Every value has the sample as its first axis.
 
-``signal``: float32 [B, C, *size]; ``index``: int64 [B], the sample's global index; ``seed``: int64 [B], what stochastic
-layers draw from; ``keep`` [B, K] and ``drop`` [B, M]: int64 mask indices; ``target``: int64 [B] class indices, or 0 and
-1 per class, float32 [B, classes]; ``length``: int64 [B], how much of the signal's last axis is no padding; ``past``: an
-earlier or wider look at the same file as ``signal``, of its shape.
+``signal``: float32 [B, C, *size]; ``index``: int64 [B], the sample's global index; ``place``: int64 [B, 3], the epoch,
+the file that was asked for (where that is broken, ``index`` is another) and which look at it; ``seed``: int64 [B], what
+stochastic layers draw from; ``keep`` [B, K] and ``drop`` [B, M]: int64 mask indices; ``target``: int64 [B] class
+indices, or 0 and 1 per class, float32 [B, classes]; ``length``: int64 [B], how much of the signal's last axis is no
+padding; ``past``: an earlier or wider look at the same file as ``signal``, of its shape.
 Of several modalities every key has its own in front, ``image.signal``; ``image.present``, bool [B], is then whether the
 sample has that modality, and where it has not, its values mean nothing.
-An objective uses the keys that it needs; a modality's views may add keys that its own tokenizer reads.
+An objective uses the keys that it needs; views may add keys that their modality's tokenizer reads.
 """
 
 Grid: TypeAlias = tuple[int, ...]
@@ -30,19 +31,16 @@ Size: TypeAlias = tuple[int, ...]
 """The extent of a signal without its channels: (h, w) in pixels, (t, h, w) ..."""
 
 State: TypeAlias = tuple[Tensor, ...]
-"""What a causal module remembers of the past, between two chunks of a signal. Every tensor has the sample as its first
-axis."""
+"""What a causal module remembers of the past, between two chunks of a signal. Every tensor begins with the sample."""
 
 Draw: TypeAlias = Callable[[np.random.Generator, Grid], dict[str, np.ndarray[Any, Any]]]
 """What an objective draws per sample (masks, permutations ...), given the sample's token grid.
 
-It runs in the data worker, so it must be picklable, and every sample of a batch gets arrays of the same shapes."""
+It runs in the data worker, so it is picklable; every sample of a batch gets arrays of the same shapes."""
 
 Views: TypeAlias = Callable[[Any, Sequence[np.random.Generator], Size], list[dict[str, Tensor]]]
-"""Reads a file (a path), or those of several modalities, once and makes one training sample per generator, drawing from
-that alone.
-
-A sample is its ``signal``, float32 [C, *size], and perhaps further tensors, of one shape for all samples.
+"""Reads a file (a path), or those of several modalities, once and makes a training sample per generator, drawing from
+that alone: its ``signal``, float32 [C, *size], and perhaps further tensors, of one shape for all samples.
 
 Raises BrokenFile, and must be picklable."""
 
@@ -378,6 +376,10 @@ class Modality(Media, Protocol):
         """Return what reads a file and makes training signals of it."""
         ...
 
+    def synthetic(self, signal: Any, tokenizer: Any) -> Views:
+        """Return what makes samples as ``views`` do, with all their keys, of noise or of paths that are texts."""
+        ...
+
     def example(self, path: str, signal: Any, tokenizer: Any) -> dict[str, Tensor]:
         """Return the ``inputs`` of a file as evaluation would see it, nothing drawn: [C, *size], perhaps several views.
 
@@ -397,10 +399,7 @@ class Modality(Media, Protocol):
         ...
 
     def moments(self, path: str, signal: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Return count, sum and sum of squares of what ``signal.mean`` and ``std`` normalise, [channels, 3].
-
-        Raises BrokenFile.
-        """
+        """Return count, sum and sum of squares of what ``signal.mean`` normalises, [channels, 3]; raises BrokenFile."""
         ...
 
     def picture(self, x: Tensor, signal: Any) -> np.ndarray[Any, Any]:

@@ -88,6 +88,26 @@ class Footprint:
         return max(int(share * gradients) + others for gradients, others in self.timeline)
 
 
+def between(one: Footprint, other: Footprint, share: float) -> Footprint | None:
+    """Return the footprint on the line from ``one`` (share 0) to ``other`` (1), without tracing it.
+
+    A step on more samples makes the same tensors, larger in proportion. None where it does not make the same ones.
+    """
+    if len(one.timeline) != len(other.timeline):
+        return None
+
+    def mixed(a: int, b: int) -> int:
+        return round(a + share * (b - a))
+
+    return Footprint(
+        one.weights,
+        one.gradients,
+        mixed(one.batch, other.batch),
+        mixed(one.activations, other.activations),
+        tuple((mixed(a[0], b[0]), mixed(a[1], b[1])) for a, b in zip(one.timeline, other.timeline, strict=True)),
+    )
+
+
 def footprint(objective: nn.Module, batch: Batch, samples: int, accumulate: int = 1, bf16: bool = False) -> Footprint:
     """Trace a training step of ``accumulate`` micro-batches of ``samples``, shaped as ``batch`` (of one sample).
 
@@ -223,6 +243,13 @@ class Sharding:
     """Gradients that are reduced together, in elements."""
     prefetch: int = 50_000_000
     """Stage 3: parameters gathered ahead, in elements."""
+
+    @property
+    def gradients(self) -> float:
+        """The part of each finished gradient that a rank keeps on its device."""
+        if self.stage < 2:
+            return 1.0
+        return 0.0 if self.offload else 1 / self.ranks
 
     @classmethod
     def of(cls, config: Mapping[str, Any], ranks: int) -> Self:

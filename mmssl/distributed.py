@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmssl import srun
 from mmssl.errors import MmsslError
+
+LAUNCH_FACTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class World(NamedTuple):
@@ -25,13 +28,27 @@ class World(NamedTuple):
         return self.rank == 0
 
 
+def launch_facts() -> dict[str, str]:
+    """Return what the launcher (``deepspeed``, ``torchrun``, ``srun``) says, by torchrun's names; nothing without."""
+    facts = {name: os.environ[name] for name in LAUNCH_FACTS if name in os.environ} | srun.facts(os.environ)
+    if "LOCAL_SIZE" in os.environ:
+        facts.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])  # deepspeed's name for it
+    return facts
+
+
 def world() -> World:
-    """Return what the launcher's environment says (``deepspeed``, ``torchrun``); alone where there is none."""
+    """Return where the launcher put this process; alone where there is none."""
+    facts = launch_facts()
 
     def fact(name: str, default: int) -> int:
-        return int(os.environ.get(name, default))
+        return int(facts.get(name, default))
 
     return World(fact("RANK", 0), fact("WORLD_SIZE", 1), fact("LOCAL_RANK", 0), fact("LOCAL_WORLD_SIZE", 1))
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of its ranks, of which there may be one."""
+    return "RANK" in launch_facts()
 
 
 def ranks() -> int:

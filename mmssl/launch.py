@@ -5,6 +5,7 @@ started by ``deepspeed``, ``torchrun`` or ``srun``. A server process has importe
 the ranks are its forks, so that they start in a fraction of a second.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
@@ -141,6 +143,16 @@ def _context(function: Callable[..., Any]) -> Any:
         return multiprocessing.get_context("spawn")  # a fork cannot use a GPU of which its parent knows
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOADED, function.__module__])
+    # The server would look for them on the path of a fresh Python, and pass over in silence what is not there.
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
     return context
 
 
@@ -174,9 +186,12 @@ def _rank(
         os.dup2(sink, 1)
         os.dup2(sink, 2)
         # The server's own may belong to a test runner, or be closed.
-        sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", buffering=1)
+        sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w", buffering=1), os.fdopen(os.dup(2), "w", buffering=1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    # As in a process that a launcher started: data workers are forks of the rank, and leave when it is killed.
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(threads)
+    gc.freeze()  # what was imported stays, and would be looked at again in each of DeepSpeed's many collections
     code = 0
     try:
         pipe.send(function(*arguments))

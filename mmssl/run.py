@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -11,18 +12,33 @@ from mmssl.files import replacing_file, to_json, write_json
 
 State = Literal["running", "done", "stopped", "failed"]
 
+HELD: set[TextIO] = set()
+"""Files whose locks keep other processes out of folders."""
+
+
+def _let_go() -> None:
+    # A lock is there for as long as any process has the file open: data workers and decoders, which are forks of the
+    # one that holds it and outlive it for seconds when it is killed, must not.
+    for file in HELD:
+        file.close()
+    HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
 
 class Run:
     """A run folder.
 
     It holds ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``objective/``, ``encoder/``, ``status.json``,
-    ``ledger.jsonl`` and ``report.html``.
+    ``ledger.jsonl``, ``report.html`` and, if asked for, ``samples.jsonl``.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.samples_file = self.path / "samples.jsonl"
         self.ledger_file = self.path / "ledger.jsonl"
         self.config_file = self.path / "config.yaml"
         self.report_file = self.path / "report.html"
@@ -46,6 +62,7 @@ class Run:
     def hold(self) -> None:
         """Keep other processes out of the folder for as long as this one lives; UserError where one is in it."""
         self._held = (self.path / ".lock").open("a")
+        HELD.add(self._held)
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -54,6 +71,7 @@ class Run:
     def release(self) -> None:
         """Let other processes in again."""
         if self._held is not None:
+            HELD.discard(self._held)
             self._held.close()
 
     def encoder_folder(self, modality: str, alone: bool) -> Path:
@@ -66,13 +84,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
-        lines = []
-        for text in self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else ():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-        return lines
+        return read_lines(self.metrics_file)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -80,7 +92,19 @@ class Run:
             file.write(to_json(record) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics after ``step``: a resumed run will write them again."""
-        kept = [record for record in self.metrics() if record["step"] <= step]
-        with replacing_file(self.metrics_file) as aside:
-            aside.write_text("".join(to_json(record) + "\n" for record in kept), encoding="utf-8")
+        """Drop the metrics and the samples after ``step``: a resumed run will write them again."""
+        for file in filter(Path.exists, (self.metrics_file, self.samples_file)):
+            kept = [record for record in read_lines(file) if record["step"] <= step]
+            with replacing_file(file) as aside:
+                aside.write_text("".join(to_json(record) + "\n" for record in kept), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON lines, none where there is no file; a line cut off by a kill ends it."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

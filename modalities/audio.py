@@ -4,7 +4,7 @@ Shapes: a signal is a waveform float32 [1, samples] at ``signal.sample_rate``. T
 made by the tokenizer (``modalities/spectrogram.py``), so waveforms are what is mixed and what travels in batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmssl.config import Piece
-from mmssl.contracts import Grid, Views
+from mmssl.contracts import Grid, Size, Views
 from mmssl.data.guard import BrokenFile
 from mmssl.data.isolate import isolated
 from modalities.audio_settings import (
@@ -29,6 +29,7 @@ from modalities.audio_settings import (
 )
 from modalities.looks import OneLook
 from modalities.spectrogram import SpectrogramTokenizer
+from modalities.synthetic import Noise
 from modalities.waves import Waves
 
 # libsndfile, the resampler and the colours are loaded by those who need them: pictures do without.
@@ -101,6 +102,10 @@ class Audio(OneLook):
         from modalities.audio_views import AudioViews
 
         return AudioViews(signal)
+
+    def synthetic(self, signal: AudioSignal, tokenizer: AnyTokenizer | None = None) -> Views:
+        """Return what makes sounds of noise, half of whole length or more where short ones are padded."""
+        return _NoiseSounds(signal)
 
     def eval_transform(self, signal: AudioSignal, tokenizer: AnyTokenizer) -> Callable[["Sound"], Tensor]:
         """Return what makes a decoded sound [1, samples], or of one longer than ``longest`` pieces [V, 1, samples].
@@ -177,6 +182,24 @@ class Audio(OneLook):
         octaves = [125 * 2**i for i in range(8) if centres[0] <= 125 * 2**i <= centres[-1]]
         rows = np.interp(octaves, centres, np.arange(signal.mels)).tolist()
         return Axes(times, [(signal.mels - row - 0.5, str(hz)) for hz, row in zip(octaves, rows, strict=True)])
+
+
+@dataclass(frozen=True)
+class _NoiseSounds:
+    """Makes of any path one sample per generator, with what ``AudioViews`` gives."""
+
+    signal: AudioSignal
+
+    def __call__(self, path: str, rngs: Sequence[np.random.Generator], size: Size) -> list[dict[str, Tensor]]:
+        samples = Noise(("signal",), channels=1)(path, rngs, size)
+        for sample, rng in zip(samples, rngs, strict=True):
+            if self.signal.fill == "pad":
+                length = int(rng.integers(size[0] // 2, size[0] + 1))
+                sample["signal"][:, length:] = 0
+                sample["length"] = torch.tensor(length)
+            if self.signal.spec_mask.active:
+                sample["spec_mask"] = self.signal.spec_mask.draw(rng, self.signal.frames, self.signal.mels)
+        return samples
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from mmssl.backbones.resnet import ResNet
 from mmssl.config import Piece
 from mmssl.contracts import Grid, Media, Size, Views
-from mmssl.data.guard import guarded
+from mmssl.data.guard import BrokenFile, guarded
 from modalities.crops import Crops
 from modalities.image_read import decode, opened, pixels, to_rgb, upright_size
 from modalities.image_settings import AnyTokenizer, CropTokenizer, ImageSignal, ImageTokenizer
@@ -28,6 +28,7 @@ from modalities.looks import CropPair, Frame, FramePair, OneLook
 from modalities.patch_augment import PatchAugment, PatchViews
 from modalities.patches import PatchTokenizer
 from modalities.pixels import Frames, normalised, resized
+from modalities.synthetic import Noise
 from modalities.video_read import VIDEO_FILES
 
 
@@ -70,11 +71,10 @@ class Image(OneLook):
     def bucket(self, path: str, signal: ImageSignal) -> int:
         """Return which of ``sizes`` suits a file, from its header; 0 where that cannot be read."""
         try:
-            with opened(path) as image:
-                width, height = upright_size(image)
-                return nearest_size(height, width, signal)
-        except Exception:  # reading it for training will find out what is wrong with it
+            width, height = guarded(_upright_size, path, timeout=None)
+        except BrokenFile:  # reading it for training will find out what is wrong with it
             return 0
+        return nearest_size(height, width, signal)
 
     def source(self, signal: ImageSignal) -> Media:
         """Return pictures, or videos where their frames are trained on."""
@@ -101,6 +101,11 @@ class Image(OneLook):
         from modalities.image_views import ImageViews
 
         return ImageViews(signal)
+
+    def synthetic(self, signal: ImageSignal, tokenizer: AnyTokenizer | None = None) -> Views:
+        """Return what makes pictures of noise, or pairs of them."""
+        noise = Noise(self.inputs(signal), channels=3)
+        return PatchViews(noise, signal.patch_augment) if signal.patch_augment.active else noise
 
     def example(self, path: str, signal: ImageSignal, tokenizer: AnyTokenizer) -> dict[str, Tensor]:
         """Return a picture's centre crop, or that of a video's middle frame or frames; of two crops the middle of one.
@@ -165,6 +170,11 @@ class _EvalTransform:
         size = self.signal.sizes[nearest_size(image.height, image.width, self.signal)]
         box = centre_box(image.height, image.width, size, self.signal.resize_ratio)
         return _normalised(_resized(image, size, box), self.signal)
+
+
+def _upright_size(path: str) -> tuple[int, int]:
+    with opened(path) as image:
+        return upright_size(image)
 
 
 Box = tuple[float, float, float, float]

@@ -112,6 +112,10 @@ class Text(OneLook):
             return _Beginnings(_TokenTransform(signal.context, tokenizer.known()))
         return TextViews(signal.lines)
 
+    def synthetic(self, signal: TextSignal, tokenizer: AnyTokenizer | None = None) -> Views:
+        """Return ``views``: the paths are texts."""
+        return self.views(signal, tokenizer)
+
     def eval_transform(self, signal: TextSignal, tokenizer: AnyTokenizer) -> Callable[[Document], Tensor]:
         """Return what makes of a decoded text one passage [1, *size], or several [V, 1, *size] that follow each other.
 

@@ -24,6 +24,7 @@ from modalities.image_settings import ImageSignal
 from modalities.looks import OneLook
 from modalities.patches import PatchTokenizer, TargetKind
 from modalities.pixels import Frames, FrameSize, normalised, resized
+from modalities.synthetic import Noise
 from modalities.video_read import FOLDER_FPS, VIDEO_FILES, Decoder, Reader, open_video
 from modalities.video_sampling import dense_test, spacing, uniform
 
@@ -148,6 +149,10 @@ class Video(OneLook):
         from modalities.video_views import VideoViews
 
         return VideoViews(signal)
+
+    def synthetic(self, signal: VideoSignal, tokenizer: VideoTokenizer | None = None) -> Views:
+        """Return what makes clips of noise."""
+        return Noise(self.inputs(signal), channels=3)
 
     def eval_transform(
         self, signal: VideoSignal, tokenizer: VideoTokenizer | None = None

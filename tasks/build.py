@@ -1,6 +1,5 @@
 """From a recipe to a run's parts: the root configuration, the objective and the engine."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,9 +24,10 @@ from mmssl.config import (
 )
 from mmssl.contracts import Batch, Objective, Size
 from mmssl.cost import Cost, Footprint, footprint, measure, sample_batch
-from mmssl.distributed import World
+from mmssl.distributed import World, launched
 from mmssl.engine import Engine
 from mmssl.engine.optim import LARS, adamw, param_groups, sgd
+from mmssl.engine.precision import Precision
 from mmssl.engine.torch_engine import TorchEngine
 from mmssl.errors import UserError, nearest
 from mmssl.objectives import OBJECTIVES
@@ -276,7 +276,7 @@ def sizes_of(recipe: Recipe) -> Sequence[Size]:
 
 def measure_memory(recipe: Recipe, objective: nn.Module, samples: int) -> Footprint:
     """Return the bytes of an optimiser step on micro-batches of ``samples``; of several sizes, the greatest's."""
-    accumulate, bf16 = recipe.train.accumulate, use_bf16(recipe, default_device())
+    accumulate, bf16 = recipe.train.accumulate, precision(recipe, default_device()) != "fp32"
     batches = (synthetic(objective, size) for size in sizes_of(recipe))
     feet = (footprint(objective, batch, samples, accumulate, bf16) for batch in batches)
     return max(feet, key=lambda foot: foot.batch + foot.peak())
@@ -313,18 +313,19 @@ def deepspeed_settings(recipe: Recipe, world: World, asked: str | None) -> dict[
         if world.size > 1 or asked is not None:
             raise UserError("train.engine=torch runs one process without DeepSpeed; use train.engine=deepspeed here")
         return None
-    if length.engine == "auto" and asked is None and "RANK" not in os.environ:
+    if length.engine == "auto" and asked is None and not launched():
         return None
     if length.compile:
         raise UserError("train.compile is for the torch engine; leave it out under DeepSpeed")
     if recipe.optim.name != "adamw":
         raise UserError(f"optim.name '{recipe.optim.name}' is for the torch engine; DeepSpeed runs with 'adamw' alone")
-    from mmssl.engine.deepspeed_setup import merge, system_config
+    from mmssl.engine.deepspeed_setup import autocast_precision, merge, system_config
 
     name = asked or "zero0"
     micro_batch = length.batch_size // (length.accumulate * world.size)
-    bf16 = use_bf16(recipe, default_device())
-    return merge(system_config(name), micro_batch, length.accumulate, recipe.optim.clip, bf16, where=name)
+    system = system_config(name)
+    products = precision(recipe, default_device(), autocast_precision(system, name))
+    return merge(system, micro_batch, length.accumulate, recipe.optim.clip, products, where=name)
 
 
 def default_device() -> torch.device:
@@ -332,18 +333,20 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def use_bf16(recipe: Recipe, device: torch.device) -> bool:
-    """Decide the precision of products.
+def precision(recipe: Recipe, device: torch.device, asked: Precision | None = None) -> Precision:
+    """Decide the precision of products: the recipe's, else what a DeepSpeed configuration ``asked`` for, else auto's.
 
     auto means bf16 where it is known to pay: on GPUs that have it, and on CPUs with AMX from width 768 on (below, casts
     eat what the products gain).
     """
     if recipe.train.precision != "auto":
-        return recipe.train.precision == "bf16"
+        return recipe.train.precision
+    if asked is not None:
+        return asked
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     widest = max(config.model.backbone.dim for config in recipe.encoders.values())
-    return bool(torch.cpu._is_amx_tile_supported()) and widest >= 768
+    return "bf16" if torch.cpu._is_amx_tile_supported() and widest >= 768 else "fp32"
 
 
 def build_engine(recipe: Recipe, objective: nn.Module, device: torch.device, ds: dict[str, Any] | None) -> Engine:
@@ -355,7 +358,8 @@ def build_engine(recipe: Recipe, objective: nn.Module, device: torch.device, ds:
         return DeepSpeedEngine(objective, make_optimizer(recipe, objective), ds, length.ema)
     objective.to(device)
     optimizer = make_optimizer(recipe, objective)
-    return TorchEngine(objective, optimizer, device, use_bf16(recipe, device), optim.clip, length.ema, length.compile)
+    products = precision(recipe, device)
+    return TorchEngine(objective, optimizer, device, products, optim.clip, length.ema, length.compile)
 
 
 def make_optimizer(recipe: Recipe, objective: nn.Module) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from mmssl.distributed import world
 from mmssl.errors import MmsslError, UserError, is_out_of_memory
 from tasks import cli_joint as joint
 from tasks import cli_measure as measure
+from tasks import cli_scale as scale
 from tasks.build import load_recipe, recipe_names, recipe_path
 from tasks.cli_options import DeepSpeedConfig, Json, LocalRank, Overrides, Resume, SkipBroken, emit
 from tasks.cli_propagate import propagate
@@ -120,6 +121,9 @@ app.command(name="zero-shot")(joint.zero_shot)
 app.command()(joint.retrieve)
 app.command()(search)
 app.command()(serve)
+app.command()(scale.plan)
+app.command()(scale.verify)
+app.command()(scale.drill)
 
 
 @data_app.command()
@@ -131,12 +135,34 @@ def check(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one file, decoded as a whole.")] = 600.0,
     as_json: Json = False,
 ) -> None:
-    """Decode everything; report what is broken and why. Exit code 3 if anything is."""
+    """Decode everything, compare shards with their checksums; report what is broken and why. Exit code 3 if any is."""
     from tasks.data_check import check as run
 
     result = run(path, modality, workers, ledger, timeout=timeout)
     emit(result, as_json)
-    if result.broken:
+    if result.broken or result.damaged:
+        raise typer.Exit(3)
+
+
+@data_app.command()
+def pack(
+    path: Annotated[Path, typer.Argument(help="A folder or a manifest.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="SHARDS", help="The folder for the shards: new, or begun by this command.")
+    ],
+    modality: Annotated[str | None, typer.Option(help="Which media to pack; image by default.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Pack the media that this recipe takes: pairs too.")] = None,
+    per_shard: Annotated[int, typer.Option(help="At most so many samples in a shard.")] = 1000,
+    max_shard_mb: Annotated[int, typer.Option(help="At most so many megabytes in a shard.")] = 512,
+    workers: Annotated[int | None, typer.Option(min=1, help="Files at a time; one per core by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Pack files into tar shards (WebDataset) that are trained on as the files are; begun ones are gone on with."""
+    from tasks.data_pack import pack as run
+
+    result = run(path, out, modality, recipe, per_shard, max_shard_mb, workers)
+    emit(result, as_json)
+    if result.all_broken:
         raise typer.Exit(3)
 
 

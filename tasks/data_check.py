@@ -1,9 +1,9 @@
-"""``mmssl data check``: decode every file once, in parallel, and say which are broken and why."""
+"""``mmssl data check``: decode every file once, in parallel, and say which are broken and why; shards too."""
 
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mmssl.data.ledger import Ledger
 from mmssl.data.listing import list_files
+from mmssl.data.shards import read_facts, verify
 from mmssl.errors import UserError, nearest
 from modalities.encoder import MODALITIES
 from tasks.parallel import each_file
@@ -34,6 +35,10 @@ class CheckResult:
     """Suffix -> how many files are not of this modality."""
     extents: dict[str, list[float]]
     """The smallest, median and largest file that decodes, as numbers of what ``extent_words`` say; {} if none does."""
+    shards: int = 0
+    """How many there are that ``data pack`` has written."""
+    damaged: list[dict[str, str]] = field(default_factory=list)
+    """``path`` and ``reason`` of every shard that is not what it was."""
 
     @property
     def files(self) -> int:
@@ -51,6 +56,7 @@ class CheckResult:
             "ignored": self.ignored,
             "size": self.extents,
             "size_words": list(MODALITIES[self.modality].extent_words),
+            **({"shards": self.shards, "damaged_shards": self.damaged} if self.shards else {}),
         }
 
     def render(self, console: Console) -> None:
@@ -68,6 +74,10 @@ class CheckResult:
             words = MODALITIES[self.modality].extent_words
             numbers = ", ".join(f"{word} {value:g}" for word, value in zip(words, extent, strict=True))
             console.print(f"{which:>8}: {numbers}", highlight=False)
+        if self.shards:
+            console.print(f"{self.shards - len(self.damaged)} of {self.shards} shards are as they were written")
+        for entry in self.damaged[:SHOWN]:
+            console.print(f"[red]damaged[/red] {escape(entry['path'])}: {escape(entry['reason'])}", soft_wrap=True)
         for entry in self.broken[:SHOWN]:
             console.print(f"[red]broken[/red] {escape(entry['path'])}: {escape(entry['reason'])}", soft_wrap=True)
         if len(self.broken) > SHOWN:
@@ -86,7 +96,8 @@ def check(
 
     ``workers`` processes decode, one per core if None. ``ledger_out`` is written anew, a JSON line per broken file.
     ``progress`` is called with (files done, files in all). A file that takes longer than ``timeout`` seconds, all of
-    it decoded, counts as broken. Raises UserError for a path that holds no such file.
+    it decoded, counts as broken. Shards of ``data pack`` are compared with their checksums besides. Raises UserError
+    for a path that holds no such file.
     """
     if modality not in MODALITIES:
         raise UserError(f"'{modality}' is not a modality{nearest(modality, MODALITIES)}")
@@ -107,7 +118,13 @@ def check(
             ledger.add(**broken[-1])
         if progress is not None:
             progress(i + 1, len(listing))
-    return CheckResult(str(path), modality, extents.total(), broken, listing.ignored, _summary(extents))
+    facts = read_facts(Path(path))
+    shards = [] if facts is None else list(verify(Path(path), facts))
+    damaged = [{"path": name, "reason": reason} for name, reason in shards if reason is not None]
+    for entry in damaged:
+        ledger.add(**entry)
+    summary = _summary(extents)
+    return CheckResult(str(path), modality, extents.total(), broken, listing.ignored, summary, len(shards), damaged)
 
 
 def _summary(extents: Counter[tuple[float, ...]]) -> dict[str, list[float]]:

@@ -25,6 +25,8 @@ from mmssl.data.guard import BrokenFile
 from mmssl.data.isolate import isolated
 from mmssl.data.ledger import Ledger
 from mmssl.data.listing import MANIFESTS, Listing, list_files
+from mmssl.data.parts import container
+from mmssl.data.paths import url
 from mmssl.errors import UserError
 from mmssl.files import replacing_file, write_json
 from modalities.encoder import MODALITIES
@@ -132,6 +134,9 @@ def shrink(
     started = time.monotonic()
     source, destination = Path(path), Path(out).absolute()
     listing = list_files(source, MODALITIES["video"])
+    inside = [path for path in listing.paths if container(file_of(path)) != file_of(path) or url(path) is not None]
+    if inside:
+        raise UserError(f"{path}: {inside[0]} is in a shard or behind a URL; shrink the loose files, then pack them")
     base = _base(source, listing)
     jobs = _jobs(listing, base, destination)
     _prepare(source, base, destination, short_side)

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache as memoized
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, Unpack
 
@@ -20,9 +21,11 @@ from mmssl.data.dataset import prepare_worker, worker_count
 from mmssl.data.fragment import file_of, overlapping
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.listing import Listing
+from mmssl.data.parts import container, stamp
 from mmssl.distributed import world
 from mmssl.errors import UnusableData, UserError
-from mmssl.files import replacing_file, save_tensors
+from mmssl.files import cache_folder, replacing_file, save_tensors
+from mmssl.pulse import beat
 
 CacheFolder = Path | Literal["auto"] | None
 """Where features are kept: a folder, ``default_cache()`` or nowhere."""
@@ -172,9 +175,7 @@ def extract(
 
 def default_cache() -> Path:
     """Return ``$MMSSL_CACHE/features``, else ``$XDG_CACHE_HOME/mmssl/features``, else ``~/.cache/mmssl/features``."""
-    own, shared = os.environ.get("MMSSL_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    base = Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "mmssl"
-    return base / "features"
+    return cache_folder("features")
 
 
 class _Files(Dataset[tuple[int, Tensor | str]]):
@@ -232,6 +233,7 @@ def signals(
         worker_init_fn=prepare_worker,
     )
     for whole, broken in loader:
+        beat()
         for index, reason in [] if skip_broken else broken:
             raise UnusableData(f"{listing.paths[index]}: {reason}; evaluation never leaves a file out unasked")
         yield whole, broken
@@ -280,8 +282,9 @@ def finite(vectors: Tensor, paths: Sequence[str]) -> Tensor:
 
 def _key(encoder: Extractor, listing: Listing) -> str:
     digest = hashlib.sha256(encoder.fingerprint().encode())
+    state = memoized(_state)  # thousands of files are in one shard
     for path in listing.paths:
-        digest.update(json.dumps([path, *_state(file_of(path))]).encode())
+        digest.update(json.dumps([path, *state(container(file_of(path)))]).encode())
     return digest.hexdigest()
 
 
@@ -290,10 +293,9 @@ def _state(file: str) -> list[Any]:
     try:
         if os.path.isdir(file):  # noqa: PTH112 - a Path per file is slow for a million files
             return [[entry.name, *_state(entry.path)] for entry in sorted(os.scandir(file), key=lambda e: e.name)]
-        stat = os.stat(file)  # noqa: PTH116
-    except (OSError, ValueError):
+    except OSError:
         return [None, None]
-    return [stat.st_size, stat.st_mtime_ns]
+    return stamp(file)
 
 
 def _read(file: Path, count: int) -> Tensor | None:

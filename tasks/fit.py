@@ -16,12 +16,14 @@ from mmssl import checkpoint
 from mmssl.config import Piece, flat, read_yaml, validate
 from mmssl.data.listing import Listing
 from mmssl.distributed import Council, World, world
-from mmssl.engine.loop import Limits, train
+from mmssl.engine.loop import Limits, Pace, train
 from mmssl.engine.schedule import WarmupCosine
+from mmssl.engine.watch import Watch
 from mmssl.errors import MmsslError, Stopped, UserError
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
 from tasks.batches import agreeing, make_batches
+from tasks.board import check_board
 from tasks.build import (
     Recipe,
     Tower,
@@ -32,10 +34,14 @@ from tasks.build import (
     parse_recipe,
 )
 from tasks.initial import Taken, Weights, collapsed, known_tokenizer, read_weights, take, tower_weights
+from tasks.monitor import pace_of
 from tasks.validation import Validation, Validator
 from tasks.writer import Writer, say
 
-MAY_DIFFER = ("train.steps", "train.epochs", "train.engine", "data.workers", "data.max_bad_fraction", "checkpoint.")
+MAY_DIFFER = (
+    "train.steps", "train.epochs", "train.engine", "train.hang_minutes", "train.tensorboard", "data.workers",
+    "data.max_bad_fraction", "data.log_samples", "checkpoint.",
+)  # fmt: skip
 """What may be changed when a run is resumed."""
 
 
@@ -61,6 +67,7 @@ def fit(
     me = world()
     check_batch(recipe, me)
     check_locked(recipe)
+    check_board(recipe)
     fresh = not (resume and checkpoint.checkpoints(run.checkpoints))
     recipe = resumable(recipe, run) if resume else inherited(recipe)
     recipe, remarks = learned(recipe, listing) if fresh else (recipe, [])
@@ -81,27 +88,30 @@ def fit(
     if validator is not None:
         validator.attach(engine, me, council, say)
     writer = Writer(run, recipe, listing, engine, me, council, validator, targets)
-    start = writer.resume() if resume else 0
-    if not start:
-        writer.remark(remarks)
-    try:
-        if start < writer.steps and not (validator is not None and validator.enough):
-            batches = make_batches(recipe, listing, objective, targets, me, start, device)
-            schedule = make_schedule(recipe, len(listing))
-            train(engine, batches, schedule, make_limits(recipe, len(listing)), writer.hooks(), me, council, start)
-            if validator is not None and validator.enough:
-                say(f"stopped early: train.patience {recipe.train.patience} is used up; the best weights are kept")
-    except Stopped as stopped:
-        writer.status("stopped", reason=str(stopped))
-        raise
-    except (MmsslError, OSError, KeyboardInterrupt) as error:
-        writer.status("failed", reason=str(error) or type(error).__name__)
-        raise
-    finally:
-        engine.close()
-        run.release()
-    writer.status("done", seconds=round(time.monotonic() - writer.began, 1))
-    council.gather(None)  # whoever reads the run folder next, on any rank, finds it complete
+    watch = Watch(me, council, recipe.train.hang_minutes, writer.fail)
+    with watch.watching():
+        start = writer.resume() if resume else 0
+        if not start:
+            writer.remark(remarks)
+        try:
+            if start < writer.steps and not (validator is not None and validator.enough):
+                batches = make_batches(recipe, listing, objective, targets, me, start, device)
+                schedule = make_schedule(recipe, len(listing))
+                limits = make_limits(recipe, len(listing), pace_of(recipe, me))
+                train(engine, batches, schedule, limits, watch.hooks(writer.hooks(), start), me, council, start)
+                if validator is not None and validator.enough:
+                    say(f"stopped early: train.patience {recipe.train.patience} is used up; the best weights are kept")
+        except Stopped as stopped:
+            writer.status("stopped", reason=str(stopped))
+            raise
+        except (MmsslError, OSError, KeyboardInterrupt) as error:
+            writer.status("failed", reason=str(error) or type(error).__name__)
+            raise
+        finally:
+            engine.close()
+            run.release()
+        writer.status("done", seconds=round(time.monotonic() - writer.began, 1))
+        council.gather(None)  # whoever reads the run folder next, on any rank, finds it complete
 
 
 def occupy(run: Run, recipe: Recipe, resume: bool) -> None:
@@ -279,7 +289,7 @@ def make_schedule(recipe: Recipe, files: int) -> WarmupCosine:
     return WarmupCosine(optim.peak_lr(batch), steps, warmup, optim.min_lr)
 
 
-def make_limits(recipe: Recipe, files: int) -> Limits:
+def make_limits(recipe: Recipe, files: int, pace: Pace | None = None) -> Limits:
     """Return when the loop writes, logs and gives up on ``files`` files."""
     length, every = recipe.train, recipe.checkpoint
     return Limits(
@@ -291,4 +301,5 @@ def make_limits(recipe: Recipe, files: int) -> Limits:
         checkpoint_minutes=every.every_minutes,
         max_broken=int(recipe.data.max_bad_fraction * files),
         seed=length.seed,
+        pace=pace,
     )

@@ -12,10 +12,9 @@ from rich.table import Table as RichTable
 from torch import nn
 
 from mmssl.config import override
-from mmssl.cost import Footprint, Memory, Sharding, plan
+from mmssl.cost import Footprint, Memory, Sharding
 from mmssl.data.ledger import Ledger
 from mmssl.distributed import world
-from mmssl.engine.optim import ADAMW_STATE
 from mmssl.errors import UserError
 from mmssl.run import Run
 from tasks.batches import say_films, training_files
@@ -29,12 +28,13 @@ from tasks.build import (
     measure_cost,
     measure_memory,
     parse_recipe,
+    precision,
     sizes_of,
     sketch_objective,
-    use_bf16,
 )
 from tasks.fit import check_batch, check_locked, fit, inherited, sources
 from tasks.initial import take
+from tasks.plan_rows import in_words, planned, savers, stage_rows, table
 from tasks.report import write_report
 from tasks.run_report import run_sections
 
@@ -123,42 +123,23 @@ class DryRun:
     def render(self, console: Console) -> None:
         """Print the resolved recipe and a table of costs."""
         console.print(self.recipe.as_yaml(), markup=False, highlight=False, soft_wrap=True)
-        table = RichTable(show_header=False, box=None, pad_edge=False)
+        facts = RichTable(show_header=False, box=None, pad_edge=False)
         for name, value in self.facts.items():
-            table.add_row(name.replace("_", " "), in_words(value))
-        console.print(table)
+            facts.add_row(name.replace("_", " "), in_words(value))
+        console.print(facts)
         console.print(
             "Memory is at the peak of a step, on one process's device: gradients grow while activations go, so step is "
             "less than their sum. Libraries, data workers and what the allocator holds back come on top.",
             soft_wrap=True,
         )
         if self.zero:
-            table = RichTable(*(name.replace("_", " ") for name in self.zero[0]), box=None, pad_edge=False)
-            for row in self.zero:
-                table.add_row(*(in_words(value) for value in row.values()))
-            console.print(f"\nOn {self.zero[0]['ranks']} ranks, by --deepspeed_config:")
-            console.print(table)
-            # Not every backbone can compute its activations again.
+            console.print(f"\nOn {self.zero[0]['ranks']} ranks, by --deepspeed_config, in GB (see mmssl plan):")
+            console.print(table(self.zero))
             console.print(
                 "More ranks do not make activations and communication buckets smaller: where these dominate, "
-                f"{' or '.join(self._savers())} does.",
+                f"{' or '.join(savers(self.recipe))} does.",
                 soft_wrap=True,
             )
-
-    def _savers(self) -> list[str]:
-        """Return the keys that spare memory for activations."""
-        # Not every backbone can compute its activations again.
-        again = [
-            f"{self.recipe.prefix(name)}model.backbone.checkpointing=true"
-            for name, config in self.recipe.encoders.items()
-            if getattr(config.model.backbone, "checkpointing", None) is not None
-        ]
-        return ["objective.chunk" if self.recipe.objective.several else "train.accumulate", *again]
-
-
-def in_words(value: Any) -> str:
-    """Return a fact as a person reads it."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def dry_run(
@@ -183,7 +164,7 @@ def dry_run(
         "tokens_seen": tokens_seen(recipe, objective),
         "micro_batch": recipe.train.batch_size // (recipe.train.accumulate * me.size),
         "device": device.type,
-        "precision": "bf16" if use_bf16(recipe, device) else "fp32",
+        "precision": precision(recipe, device),
     }
     foot = measure_memory(recipe, objective, facts["micro_batch"])
     facts |= memory_facts(foot, planned(recipe, foot, None if ds is None else Sharding.of(ds, me.size)))
@@ -212,12 +193,6 @@ def tokens_seen(recipe: Recipe, objective: nn.Module) -> str:
     return ", ".join(words)
 
 
-def planned(recipe: Recipe, foot: Footprint, sharding: Sharding | None) -> Memory:
-    """Plan a recipe's memory from the footprint of its step."""
-    moments = len(ADAMW_STATE) if recipe.optim.name == "adamw" else int(recipe.optim.momentum > 0)
-    return plan(foot, moments, recipe.train.ema is not None, sharding)
-
-
 def memory_facts(foot: Footprint, memory: Memory) -> dict[str, float]:
     """Return the memory of a process in gigabytes, the whole and its parts."""
     parts = {name: value for name, value in asdict(memory).items() if value or name not in ("buffers", "host")}
@@ -230,15 +205,7 @@ def zero_plans(recipe: Recipe, objective: nn.Module, ranks: int) -> list[dict[st
     micro, rest = divmod(recipe.train.batch_size, recipe.train.accumulate * ranks)
     if rest or recipe.optim.name != "adamw":
         return []
-    from mmssl.engine.deepspeed_setup import system_config
-
-    foot = measure_memory(recipe, objective, micro)
-    rows = []
-    for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload"):
-        memory = planned(recipe, foot, Sharding.of(system_config(name), ranks))
-        sizes = {"memory_gb": memory.total / 1e9, "host_memory_gb": memory.host / 1e9}
-        rows.append({"deepspeed_config": name, "ranks": ranks, "micro_batch": micro, **sizes})
-    return rows
+    return stage_rows(recipe, measure_memory(recipe, objective, micro), ranks, micro)
 
 
 if __name__ == "__main__":

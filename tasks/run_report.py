@@ -1,5 +1,6 @@
 """What every run's report shows: the loss, reconstructions where the objective makes any, the cost and the recipe."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ from mmssl.data.listing import Listing
 from mmssl.errors import UnusableData
 from mmssl.run import Run
 from modalities.encoder import MODALITIES
-from tasks.build import EncoderRecipe, Recipe, measure_cost
+from tasks.build import EncoderRecipe, Recipe
+from tasks.monitor import cost_of
 from tasks.panels import read_example, read_rate
 from tasks.panels_reconstruction import attempt, given, seen_note, sound_note, target_note, triplet
 from tasks.report import Code, Curve, Facts, Pictures, Section
 from tasks.report_ahead import ahead_sections
+from tasks.report_health import health_sections
 from tasks.report_pairs import pair_sections
 from tasks.writer import load_objective
 
@@ -39,7 +42,8 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
     sections += pair_sections(metrics, recipe.train.batch_size // recipe.train.accumulate)
     if isinstance(objective, Reconstructs) and isinstance(recipe, EncoderRecipe):
         sections += reconstructions(recipe, objective, shown, held_out)
-    cost = measure_cost(recipe, objective)
+    sections += health_sections(metrics)
+    cost = cost_of(recipe)
     rates = [record["samples_per_s"] for record in metrics]
     waits = [record["wait"] for record in metrics]
     facts = {
@@ -48,11 +52,17 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
         "Waiting for data": f"{100 * float(np.mean(waits)):.0f} %",
         "Parameters": f"{cost.parameters:,}",
         **flops(cost.gflop_forward),
-        # Over the peak of the device, this is the model's utilisation (MFU).
         "GFLOP per second": f"{np.median(rates) * cost.gflop_train:,.3g}",
+        **utilisation(metrics),
         "Samples seen": f"{metrics[-1]['samples']:,}",
     }
     return [*sections, Facts("Cost", facts), recipe_section(recipe)]
+
+
+def utilisation(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the share of what the devices can do, where that is known of them."""
+    shares = [record["mfu"] for record in metrics if "mfu" in record]
+    return {"Of the peak (MFU)": f"{100 * float(np.median(shares)):.0f} %"} if shares else {}
 
 
 def recipe_section(recipe: Recipe) -> Code:

@@ -15,15 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from mmssl.checkpoint import checkpoints
 from mmssl.data.listing import Listing
 from mmssl.distributed import Council, World, world
 from mmssl.engine import Engine
 from mmssl.errors import MmsslError, NonFiniteLoss, UnusableData, UserError
-from mmssl.files import replacing_file, save_tensors, write_json
+from mmssl.files import LazyTensors, open_tensors, replacing_file, save_tensors, write_json
 from mmssl.objectives.classify import Classify
 from mmssl.run import Run
 from modalities.classifier import Classifier
@@ -157,13 +156,13 @@ class Validator:
     def _file(self, step: int) -> Path:
         return self.run.path / "best" / f"step-{step:08d}.safetensors"
 
-    def weights(self) -> dict[str, Tensor] | None:
+    def weights(self) -> LazyTensors | None:
         """Return the best weights and buffers by name in the objective; None before the first measurement."""
         if self.best is None:
             return None
         file = self._file(self.best.step)
         try:
-            return load_file(file)
+            return open_tensors(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: the best weights so far are not readable ({error})") from None
 

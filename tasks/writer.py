@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from mmssl import checkpoint
 from mmssl.checkpoint import Checkpoint
 from mmssl.config import read_yaml
-from mmssl.contracts import Keeps, Warns
+from mmssl.contracts import Batch, Keeps
 from mmssl.data.ledger import Ledger
 from mmssl.data.listing import Listing
+from mmssl.data.sample_log import SampleLog
 from mmssl.distributed import Council, World, world
 from mmssl.engine import Engine
-from mmssl.engine.loop import Hooks
+from mmssl.engine.loop import Hooks, ignore
 from mmssl.errors import UserError
-from mmssl.files import digest, replacing_folder, save_tensors, write_json
+from mmssl.files import digest, renamed, replacing_folder, save_tensors, write_json
 from mmssl.run import Run
 from modalities.kept import SAVE
 from tasks.build import Recipe, as_objective, build_objective, parse_recipe
+from tasks.monitor import Monitor
 from tasks.validation import Validator
 
 
@@ -46,7 +48,8 @@ class Writer:
         self.run, self.recipe, self.listing = run, recipe, listing
         self.engine, self.me, self.council, self.validator = engine, me, council, validator
         self.steps = recipe.steps(len(listing))
-        self.written, self.began, self.warned = 0, time.monotonic(), False
+        self.written, self.began = 0, time.monotonic()
+        self.monitor = Monitor(run, recipe, engine.objective, me, council, self.steps, say)
         self.ledger = Ledger(run.ledger_file, write=me.is_main)
         files = hashlib.sha256(listing.contents())
         if targets is not None:
@@ -57,26 +60,41 @@ class Writer:
     def hooks(self) -> Hooks:
         """Return the loop's hooks."""
         self.status("running")
-        return Hooks(self.checkpoint, self.log, self.broken, self.listing.name, self.validator)
+        samples = SampleLog(self.run.samples_file, self.council, self.me.is_main)
+        note = samples.after if self.recipe.data.log_samples else ignore
+
+        def after(step: int, micros: Sequence[Batch]) -> None:
+            note(step, micros)
+            self.monitor.after(step, micros)
+
+        return Hooks(
+            self.checkpoint, self.log, self.broken, self.listing.name, self.validator, self.monitor.before, after
+        )
 
     def status(self, state: Any, **more: Any) -> None:
         """Write ``status.json``; ``step`` is that of the last checkpoint, ``best`` where the weights kept come from."""
         if self.validator is not None and self.validator.best is not None:
             more["best"] = self.validator.best._asdict()
+        more["health"] = self.monitor.verdict().as_dict()
         if self.me.is_main:
             self.run.status(state, self.written, self.steps, **more)
+        if state == "done":
+            self.monitor.finish()
+
+    def fail(self, reason: str) -> None:
+        """Write down what ended the run, on whichever rank is left to do so."""
+        self.run.status("failed", self.written, self.steps, reason=reason)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line of metrics, and tell what the objective has to say of it."""
-        objective = self.engine.objective
-        if not self.warned and isinstance(objective, Warns) and (warning := objective.warning(line)) is not None:
-            self.warned = True
-            say(warning)
+        """Append a line of metrics, and tell what is bad in it."""
+        line = self.monitor.see(line)
         if self.me.is_main:
             samples = line["step"] * self.recipe.train.batch_size
             seconds = round(time.monotonic() - self.began, 3)
             epoch = samples / self.recipe.epoch(len(self.listing))
-            self.run.log({**line, "samples": samples, "epoch": epoch, "seconds": seconds})
+            line |= {"samples": samples, "epoch": epoch, "seconds": seconds}
+            self.run.log(line)
+            self.monitor.show(line)
 
     def remark(self, remarks: Sequence[str]) -> None:
         """Tell what is to be said of the files as a whole, and note it in the ledger."""
@@ -99,7 +117,10 @@ class Writer:
             "files": self.files,
             "world": self.me.size,
             "threads": torch.get_num_threads(),
+            "precision": self.engine.precision,
         }
+        if self.engine.scale is not None:
+            facts["loss_scale"] = self.engine.scale.facts()
         if self.validator is not None:
             facts["validation"] = self.validator.facts()
         path = checkpoint.save(
@@ -107,15 +128,15 @@ class Writer:
         )
         self.written = step
         if self.me.is_main:
-            self.export(Checkpoint(path))
+            self.export(Checkpoint(path, verify=slice(0)))
         self.status("running")
 
     def resume(self) -> int:
         """Load the newest readable checkpoint and return its step; 0 where none was written yet. A collective."""
-        if not checkpoint.checkpoints(self.run.checkpoints):
+        if not self.council.gather(checkpoint.checkpoints(self.run.checkpoints))[0]:
             say(f"{self.run.path} has no checkpoint yet: starting from the first step")
             return 0
-        found, notes = checkpoint.newest(self.run.checkpoints)
+        found, notes = checkpoint.newest(self.run.checkpoints, self.me, self.council)
         for note in notes:
             say(note)
         if found.facts["files"] != self.files:
@@ -124,9 +145,13 @@ class Writer:
             raise UserError(f"--resume: {found.path} is already past the {self.steps} steps asked for")
         if found.facts["threads"] != torch.get_num_threads():
             say(f"{torch.get_num_threads()} threads instead of {found.facts['threads']}: the last bits may differ")
+        if found.facts.get("precision", self.engine.precision) != self.engine.precision:
+            say(f"products are in {self.engine.precision} instead of {found.facts['precision']}: losses will differ")
         if found.facts["steps"] != self.steps:
             say(f"{self.steps} steps instead of {found.facts['steps']}: the learning rate follows the new schedule")
         self._restore_validation(found)
+        if self.engine.scale is not None and "loss_scale" in found.facts:
+            self.engine.scale.restore(found.facts["loss_scale"])
         self.engine.load(found.read, found.step)
         if self.me.is_main:
             # A kill between a checkpoint and its export left an older encoder, or none.
@@ -134,6 +159,7 @@ class Writer:
             self.run.rewind(found.step)
             self.began -= max((line["seconds"] for line in self.run.metrics()), default=0.0)
         self.written = found.step
+        self.monitor.resume(found.step)
         say(f"resuming from step {found.step} of {self.steps}")
         return found.step
 
@@ -167,9 +193,10 @@ def export(
         save_tensors(aside / "model.safetensors", whole)
         write_json(aside / "config.json", recipe.as_dict())
 
-    def part(module: Any) -> dict[str, Tensor]:
+    def part(module: Any) -> Mapping[str, Tensor]:
         # By the tensors themselves: a part of a head may be of several heads, and has one name.
-        return {name: averaged[names[id(tensor)]] for name, tensor in module.state_dict(keep_vars=True).items()}
+        own = module.state_dict(keep_vars=True).items()
+        return renamed(averaged, {name: names[id(tensor)] for name, tensor in own})
 
     names = {id(tensor): name for name, tensor in objective.state_dict(keep_vars=True).items()}
     encoders = as_objective(objective).encoders()

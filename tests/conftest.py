@@ -15,12 +15,15 @@ import torch
 from media import numbered, tone, write_sound, write_video
 from torch import Tensor
 
+from mmssl import launch
 from mmssl.heads.decoder import MaskedDecoder
 from mmssl.masking import RandomMask
 from mmssl.objectives.mae import MAE
 from modalities.encoder import Encoder, EncoderConfig, typed
 
 ROOT = Path(__file__).parents[1]
+
+launch.PRELOADED = "loaded"
 
 
 @pytest.fixture(autouse=True)

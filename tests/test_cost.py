@@ -11,6 +11,7 @@ from mmssl.cost import Footprint, Memory, Sharding, footprint, measure, plan, sa
 from mmssl.engine.deepspeed_setup import system_config
 from mmssl.errors import UserError
 from tasks.build import build_objective, load_recipe, measure_cost, measure_memory, sketch_objective, synthetic
+from tasks.plan_rows import CONFIGS
 from tasks.pretrain import dry_run
 
 
@@ -199,7 +200,7 @@ def test_a_dry_run_tells_its_parts():
     assert facts["estimated_memory_gb"] == pytest.approx(sum(facts[f"memory_{part}_gb"] for part in parts))
     assert facts["memory_gradients_gb"] == pytest.approx(4 * facts["parameters"] / 1e9)
     assert facts["memory_activations_gb"] <= facts["memory_step_gb"]
-    assert [row["deepspeed_config"] for row in facts["zero"]] == ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+    assert [row["deepspeed_config"] for row in facts["zero"]] == list(CONFIGS)
     assert {row["micro_batch"] for row in facts["zero"]} == {32}
     assert facts["zero"][-1]["host_memory_gb"] > 0
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mmssl.contracts import Batch, Draw, Grid, Size, Views
+from mmssl.data.blocks import Blocks
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.distributed import World
 
@@ -42,24 +43,27 @@ class Bucket(NamedTuple):
     """Indices of its files."""
     substitutes: Sequence[int] | None = None
     """Indices of files that may take a broken one's place; None is all."""
+    blocks: Blocks | None = None
+    """Which of its files are read together; None: any is read as cheaply after any other."""
 
 
 class Stream:
     """The endless stream of a bucket's samples: epoch after epoch, each file once per epoch.
 
     Batches may straddle an epoch's end, so no tail is dropped or padded, however small the data. With ``repeats``, so
-    many looks at a file follow each other.
+    many looks at a file follow each other; with ``blocks``, the files of a few of them.
     """
 
-    def __init__(self, members: Sequence[int], seed: int, bucket: int = 0, repeats: int = 1) -> None:
-        self.members, self.seed, self.bucket, self.repeats = members, seed, bucket, repeats
+    def __init__(
+        self, members: Sequence[int], seed: int, bucket: int = 0, repeats: int = 1, blocks: Blocks | None = None
+    ) -> None:
+        self.members, self.seed, self.bucket, self.repeats, self.blocks = members, seed, bucket, repeats, blocks
         # A rank walks forward only: the order of one epoch at a time is enough.
         self._order = lru_cache(maxsize=1)(self._permutation)
 
     def _permutation(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.random.default_rng([self.seed, epoch, *[self.bucket] * bool(self.bucket)]).permutation(
-            len(self.members)
-        )
+        rng = np.random.default_rng([self.seed, epoch, *[self.bucket] * bool(self.bucket)])
+        return rng.permutation(len(self.members)) if self.blocks is None else self.blocks.order(rng)
 
     def __getitem__(self, position: int) -> Key:
         """Return the sample at a position, counted from 0 without end."""
@@ -179,15 +183,19 @@ class Samples(Dataset[Sample]):
     def _read(self, index: int, keys: Sequence[Key], attempt: int) -> list[dict[str, Any]]:
         size, grid = self.lattices[keys[0].bucket]
         samples, rngs = [], [self._rng(key, attempt) for key in keys]
-        for rng in rngs:
+        for key, rng in zip(keys, rngs, strict=True):
             if attempt:
                 self._other(rng, keys[0].bucket, attempt)  # what is drawn after the choice of a file does not repeat it
-            sample: dict[str, Any] = {"index": index, "seed": int(rng.integers(2**63))}
+            place = np.array([key.epoch, key.sample, key.repeat])
+            sample: dict[str, Any] = {"index": index, "place": place, "seed": int(rng.integers(2**63))}
             if self.targets is not None:
                 sample["target"] = self.targets[index]
             samples.append(sample | (self.draw(rng, grid) if self.draw is not None else {}))
         item = self.items[index]
-        seen = guarded(lambda _: self.views(item, rngs, size), str(item), self.timeout)
+        if isinstance(item, str):
+            seen = guarded(lambda file: self.views(file, rngs, size), item, self.timeout)
+        else:
+            seen = self.views(item, rngs, size)
         return [view | sample for view, sample in zip(seen, samples, strict=True)]
 
 

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
+from mmssl.data import paths
+from mmssl.data.parts import container
+
 _FRAGMENT = re.compile(r"#t=(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?$")
 
 
@@ -53,7 +56,10 @@ def _plain(seconds: float) -> str:
 def real(path: str) -> Span:
     """Return what a path leads to, whatever its spelling: the file behind all links, and the piece."""
     span = split(path)
-    return span._replace(file=os.path.realpath(span.file))
+    there = container(span.file)
+    if paths.url(there) is not None:
+        return span
+    return span._replace(file=os.path.realpath(there) + span.file[len(there) :])
 
 
 def overlapping(a: Sequence[str], b: Sequence[str]) -> list[str]:

@@ -6,26 +6,26 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import TypeVar
 
 from mmssl.data import inline
+from mmssl.data.broken import BrokenFile
 from mmssl.data.fragment import file_of
+from mmssl.data.local import fetcher, local
+
+__all__ = ["BrokenFile", "guarded"]
 
 T = TypeVar("T")
 
 _TRUNCATED = re.compile(r"truncat|(premature|unexpected) end|end of file", re.IGNORECASE)
+_LATER = 0.01
+"""Seconds after which an interruption that came at a bad moment comes again."""
+_whole: list[None] = []
+"""Not empty while nothing may be interrupted."""
 _LONGEST = 160
 """Characters of a foreign message that are kept: a ledger line should stay one line on a screen."""
-
-
-class BrokenFile(Exception):
-    """A file that cannot be decoded; ``reason`` is one clause such as "truncated" or "empty file"."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class _TimedOut(BaseException):
@@ -34,24 +34,41 @@ class _TimedOut(BaseException):
 
 
 def guarded(decode: Callable[[str], T], path: str, timeout: float | None) -> T:
-    """Return ``decode(path)``; raises BrokenFile(reason) whatever goes wrong in it.
+    """Return ``decode`` of a path, or of a file made for it where it is none of this machine (``mmssl.data.local``).
 
-    A decoder that is still at work after ``timeout`` seconds is interrupted, which takes SIGALRM and the main thread of
-    the process (a data worker has both); elsewhere, or with None, there is no limit but that of a ``guarded`` around
-    this one, whose interruption passes through. A decoder that never comes back from C code cannot be interrupted this
-    way. KeyboardInterrupt and SystemExit pass through.
+    All decoding comes through here. Raises BrokenFile(reason) whatever goes wrong in it. A decoder that is still at
+    work after ``timeout`` seconds is interrupted, which takes SIGALRM and the main thread of the process (a data worker
+    has both); elsewhere, or with None, there is no limit but that of a ``guarded`` around this one, whose interruption
+    passes through. A decoder that never comes back from C code cannot be interrupted this way. KeyboardInterrupt and
+    SystemExit pass through.
     """
-    try:
-        with _time_limit(timeout):
-            return decode(path)
-    except BrokenFile:
-        raise
-    except _TimedOut:
-        if timeout is None:
+    file = path
+    with ExitStack() as made:  # what was made is taken away outside of the limit, which must not cut that short
+        try:
+            with _time_limit(timeout):
+                file = made.enter_context(local(path))
+                return decode(file)
+        except BrokenFile:
             raise
-        raise BrokenFile(f"timed out after {timeout:g} s") from None
-    except Exception as error:
-        raise BrokenFile(_reason(error, path)) from error
+        except _TimedOut:
+            if timeout is None:
+                raise
+            raise BrokenFile(f"timed out after {timeout:g} s") from None
+        except Exception as error:
+            raise BrokenFile(_reason(error, file)) from error
+
+
+@contextmanager
+def as_a_whole() -> Iterator[None]:
+    """Put off the interruption by a time limit until this is done: a fork's hooks that take locks must also free them.
+
+    What is raised in such a hook is lost, and so would be the lock.
+    """
+    _whole.append(None)
+    try:
+        yield
+    finally:
+        _whole.pop()
 
 
 @contextmanager
@@ -62,6 +79,9 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
         return
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        if _whole:
+            signal.setitimer(signal.ITIMER_REAL, _LATER)
+            return
         raise _TimedOut
 
     start = time.monotonic()
@@ -85,9 +105,9 @@ def _reason(error: Exception, path: str) -> str:
         return "too large to decode"
     if isinstance(error, PermissionError):
         return "permission denied"
-    if inline.text(path) is not None:
-        return _clause(error, path)
     file = file_of(path)
+    if fetcher(file) is not None or inline.text(path) is not None:  # there is no such file here to be asked
+        return _clause(error, path)
     try:
         if os.path.isdir(file):  # noqa: PTH112 (paths are strings here, a million of them)
             return "is a folder"

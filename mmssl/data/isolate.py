@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmssl.data.guard import BrokenFile, guarded
+from mmssl.data.guard import BrokenFile, as_a_whole, guarded
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class _Child:
     def __init__(self) -> None:
         self.parent = os.getpid()
         self.socket, theirs = socket.socketpair()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), as_a_whole():
             # Python 3.12 warns that a lock may be held by another thread: the child touches none that it can avoid,
             # and should it ever hang, it is killed like one that hangs in a decoder.
             warnings.simplefilter("ignore", DeprecationWarning)

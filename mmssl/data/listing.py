@@ -1,30 +1,23 @@
-"""What a path holds: a folder of media, a folder with a manifest, a manifest file or one media file.
+"""What a path holds: a folder of media, a table of files (``mmssl.data.tables``) or one media file.
 
 Paths stay strings here, and folders are read with ``os.scandir``: a million files list in seconds.
 """
 
-import csv
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmssl.contracts import Media
-from mmssl.data import fragment, inline
+from mmssl.data import fragment, inline, paths
+from mmssl.data.parts import container
+from mmssl.data.tables import MANIFESTS, SHARD, Columns, Table, table_at
 from mmssl.errors import UserError, nearest, sibling
 
-Columns = dict[str, list[str | None]]
-
-MANIFESTS = (".csv", ".jsonl", ".parquet")
-"""Suffixes of a manifest; a folder's own is called ``manifest`` plus one of them."""
+__all__ = ["ITSELF", "MANIFESTS", "Columns", "Listing", "list_files", "own_column", "resolve"]
 
 ITSELF = {"text": "caption"}
 """Modalities that may stand in the manifest itself, where others have a path, and in which column."""
@@ -34,10 +27,11 @@ ITSELF = {"text": "caption"}
 class Listing:
     """What a path holds, before anything is decoded: files in a fixed order and their manifest columns."""
 
-    root: Path
-    """What the person gave."""
+    root: Path | str
+    """What the person gave, a URL as a text."""
     paths: list[str]
-    """Absolute file paths, in manifest order, or sorted for a folder."""
+    """Absolute paths of files or of parts of files (``mmssl.data.parts``), or URLs; in manifest order, or sorted for a
+    folder."""
     columns: Columns = field(default_factory=dict)
     """Manifest columns other than path, an empty cell as None; {} for a folder."""
     ignored: dict[str, int] = field(default_factory=dict)
@@ -56,10 +50,11 @@ class Listing:
         What is a text and no file is called as it reads. A row of several media is called after the first of them, and
         by its number, for others may have the same.
         """
-        name = self._called(self.paths[i])
+        name = self.called(self.paths[i])
         return f"{name}, row {self.rows[i]}" if self.media and self.rows else name
 
-    def _called(self, path: str) -> str:
+    def called(self, path: str) -> str:
+        """Return a path relative to the folder that the files were found in, else absolute; a text as it reads."""
         text = inline.text(path)
         return path.removeprefix(self._base) if text is None else text
 
@@ -98,7 +93,7 @@ class Listing:
         labels = []
         for i, value in enumerate(self.columns[column]):
             if value is None:
-                raise UserError(f"{self.root}: row {self.rows[i]} ({self._called(self.paths[i])}) has no {column}")
+                raise UserError(f"{self.root}: row {self.rows[i]} ({self.called(self.paths[i])}) has no {column}")
             labels.append(value)
         return labels
 
@@ -117,9 +112,9 @@ class Listing:
 
     @cached_property
     def _base(self) -> str:
-        root = os.path.abspath(self.root)  # noqa: PTH100 (a string, and unlike resolve() it leaves links alone)
-        is_file = self.paths[:1] == [root] or (bool(self.rows) and root.lower().endswith(MANIFESTS))
-        return os.path.join(os.path.dirname(root) if is_file else root, "")  # noqa: PTH118, PTH120
+        root = paths.absolute(self.root)
+        is_file = self.paths[:1] == [root] or (bool(self.rows) and root.lower().endswith((*MANIFESTS, SHARD)))
+        return paths.join(os.path.dirname(root) if is_file else root, "")  # noqa: PTH120
 
 
 def list_files(path: str | Path, kind: Media, split: str | None = None, default_split: str | None = None) -> Listing:
@@ -129,22 +124,22 @@ def list_files(path: str | Path, kind: Media, split: str | None = None, default_
     rows of one split, which must exist; ``default_split`` is selected if there are rows of it. Raises UserError, one
     sentence, for a path that holds nothing or a manifest that cannot be read.
     """
-    root = Path(path)
-    piece = fragment.split(str(path)) if kind.timed else fragment.Span(str(path))
-    if not os.path.exists(piece.file):  # noqa: PTH110 (False, not an exception, for what may not be asked about)
-        raise UserError(f"{root} does not exist{sibling(root)}")
+    root = paths.given(path)
+    piece = fragment.split(str(root)) if kind.timed else fragment.Span(str(root))
+    check_there(root, container(piece.file))
     if piece.end is not None and piece.end <= piece.start:
         raise UserError(f"{root} ends before it starts: a piece is #t=START,END in seconds")
-    if root.is_dir():
-        manifest = _manifest_in(root)
-        listing = _list_folder(root, kind) if manifest is None else _list_manifest(root, manifest, kind)
-    elif root.suffix.lower() in MANIFESTS:
-        listing = _list_manifest(root, root, kind)
-    elif Path(piece.file).suffix.lower() in kind.suffixes or Path(piece.file).is_dir():
-        listing = Listing(root, [os.path.abspath(root)])  # noqa: PTH100
+    whole = piece.file == str(root)
+    table = table_at(piece.file, [kind]) if whole else None
+    if table is not None:
+        listing = _list_table(root, table, kind)
+    elif whole and paths.is_folder(piece.file):
+        listing = _list_folder(root, kind)
+    elif paths.suffix(piece.file) in kind.suffixes or paths.is_folder(piece.file):
+        listing = Listing(root, [paths.absolute(root)])
     else:
         raise UserError(
-            f"{root} is neither a folder, a manifest ({', '.join(MANIFESTS)}) "
+            f"{root} is neither a folder, a manifest ({', '.join(MANIFESTS)}), a shard ({SHARD}) "
             f"nor a file of modality {kind.name} ({', '.join(sorted(kind.suffixes))})"
         )
     if split is None and default_split in listing.columns.get("split", []):
@@ -152,104 +147,49 @@ def list_files(path: str | Path, kind: Media, split: str | None = None, default_
     return listing if split is None else listing.split(split)
 
 
-def manifest_of(root: Path) -> Path | None:
-    """Return the manifest that a path is or has at its top; None for a folder without one.
-
-    Raises UserError where there is nothing, or more than one.
-    """
-    if not root.exists():
-        raise UserError(f"{root} does not exist{sibling(root)}")
-    if root.is_dir():
-        return _manifest_in(root)
-    if root.suffix.lower() in MANIFESTS:
-        return root
-    raise UserError(f"{root} is neither a folder nor a manifest ({', '.join(MANIFESTS)})")
+def check_there(root: Path | str, file: str) -> None:
+    """Raise UserError where there is no file or folder for what a person gave."""
+    if not paths.exists(file):
+        raise UserError(f"{root} does not exist{sibling(root) if isinstance(root, Path) else ''}")
 
 
-def _manifest_in(folder: Path) -> Path | None:
-    found = [p for suffix in MANIFESTS if (p := folder / f"manifest{suffix}").is_file()]
-    if len(found) > 1:
-        raise UserError(f"{folder} holds more than one manifest: name one of {', '.join(map(str, found))}")
-    return found[0] if found else None
-
-
-def _list_folder(root: Path, kind: Media) -> Listing:
-    paths, ignored = [], Counter[str]()
-    for folder, names in _walk(os.path.abspath(root)):  # noqa: PTH100
-        found = [name for name in names if _suffix(name) in kind.suffixes]
-        others = [name for name in names if _suffix(name) not in kind.suffixes]
-        if not found and _is_film(others, kind):
-            paths.append(folder)
-            others = [name for name in others if _suffix(name) not in kind.frame_suffixes]
-        paths += [os.path.join(folder, name) for name in found]  # noqa: PTH118
-        ignored.update(map(_suffix, others))
-    if not paths:
+def _list_folder(root: Path | str, kind: Media) -> Listing:
+    files, ignored = [], Counter[str]()
+    for folder, names in paths.walk(paths.absolute(root)):
+        found = [name for name in names if paths.suffix(name) in kind.suffixes]
+        others = [name for name in names if paths.suffix(name) not in kind.suffixes]
+        if not found and paths.url(root) is None and _is_film(others, kind):
+            files.append(folder)
+            others = [name for name in others if paths.suffix(name) not in kind.frame_suffixes]
+        files += [paths.join(folder, name) for name in found]
+        ignored.update(map(paths.suffix, others))
+    if not files:
         others_ = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in ignored.most_common(5))
         what = f"only {ignored.total()} of other kinds ({others_})" if ignored else "and no other file either"
         raise UserError(f"{root} holds no file of modality {kind.name} ({', '.join(sorted(kind.suffixes))}), {what}")
-    return Listing(root, sorted(paths), ignored=dict(sorted(ignored.items())))
+    return Listing(root, sorted(files), ignored=dict(sorted(ignored.items())))
 
 
 def _is_film(names: Sequence[str], kind: Media) -> bool:
     # Several pictures whose names differ in their numbers alone, and no film beside them.
-    frames = [name for name in names if _suffix(name) in kind.frame_suffixes and any(map(str.isdigit, name))]
+    frames = [name for name in names if paths.suffix(name) in kind.frame_suffixes and any(map(str.isdigit, name))]
     return len(frames) > 1 and len({re.sub(r"\d+", "#", name) for name in frames}) == 1
 
 
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122
-
-
-def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    # Yields every folder and the names of the files in it.
-    # A link that goes in circles ends where it meets a folder that it is inside of. A link to nothing counts as a file,
-    # so that it is reported as broken instead of vanishing.
-    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [(folder, ())]
-    while pending:
-        folder, above = pending.pop()
-        status = os.stat(folder)  # noqa: PTH116
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            continue
-        try:
-            entries = list(os.scandir(folder))
-        except PermissionError:
-            raise UserError(f"{folder} cannot be read: permission denied") from None
-        names = []
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                pending.append((entry.path, (*above, here)))
-            elif entry.is_file() or entry.is_symlink():
-                names.append(entry.name)
-        yield folder, names
-
-
-def read_manifest(path: Path) -> Columns:
-    """Return the columns of a manifest, an empty cell as None; raises UserError where it cannot be read."""
-    try:
-        return _READERS[path.suffix.lower()](path)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _list_manifest(root: Path, manifest: Path, kind: Media) -> Listing:
-    columns = read_manifest(manifest)
+def _list_table(root: Path | str, table: Table, kind: Media) -> Listing:
+    where, columns, _ = table
     column = _path_column(columns, kind)
     if column not in columns:
-        raise UserError(f"{manifest} has no 'path' column{nearest('path', columns)}")
+        raise UserError(f"{where} has no 'path' column{nearest('path', columns)}")
     if not columns[column]:
-        raise UserError(f"{manifest} lists no file")
-    paths = []
-    for row, path in enumerate(resolve(manifest, columns, column, kind), 1):
+        raise UserError(f"{where} lists no file")
+    files = []
+    for row, path in enumerate(resolve(table, column, kind), 1):
         if path is None:
-            raise UserError(f"{manifest}: row {row} has an empty {column}")
-        paths.append(path)
+            raise UserError(f"{where}: row {row} has an empty {column}")
+        files.append(path)
     others = {name: values for name, values in columns.items() if name != column}
-    return Listing(root, paths, others, rows=range(1, len(paths) + 1))
+    return Listing(root, files, others, rows=range(1, len(files) + 1))
 
 
 def own_column(columns: Columns, kind: Media) -> str | None:
@@ -262,113 +202,39 @@ def _path_column(columns: Columns, kind: Media) -> str:
     """Return the column in which a manifest, perhaps of several modalities, has the files of a kind."""
     own = own_column(columns, kind)
     # Beside files of its own, a caption is what is said of them.
-    files = (_suffix(name) in kind.suffixes for name in columns.get("path", ()) if name)
+    files = (paths.suffix(name) in kind.suffixes for name in columns.get("path", ()) if name)
     return "path" if own is None or (own == ITSELF.get(kind.name) and any(files)) else own
 
 
-def resolve(manifest: Path, columns: Columns, column: str, kind: Media) -> list[str | None]:
-    """Return a manifest's paths in ``column`` as absolute ones, None where the cell is empty.
+def resolve(table: Table, column: str, kind: Media) -> list[str | None]:
+    """Return a table's paths in ``column`` as absolute ones, None where the cell is empty.
 
     They are pieces where rows have a start or an end; raises UserError for times that make none.
     """
+    cells = table.columns[column]
     if column == ITSELF.get(kind.name):
-        return [inline.join(text) if text and text.strip() else None for text in columns[column]]
-    folder = os.path.abspath(manifest.parent)  # noqa: PTH100
-    paths = [
-        os.path.join(folder, name) if name and name.strip() else None  # noqa: PTH118 (an absolute name stays as it is)
-        for name in columns[column]
-    ]
-    return _pieces(manifest, paths, columns) if kind.timed and columns.keys() & {"start", "end"} else paths
+        return [inline.join(text) if text and text.strip() else None for text in cells]
+    files = [paths.join(table.folder, name) if name and name.strip() else None for name in cells]
+    return _pieces(table, files) if kind.timed and table.columns.keys() & {"start", "end"} else files
 
 
-def _pieces(manifest: Path, paths: Sequence[str | None], columns: Columns) -> list[str | None]:
-    nothing: list[str | None] = [None] * len(paths)
+def _pieces(table: Table, files: Sequence[str | None]) -> list[str | None]:
+    where, columns, _ = table
+    nothing: list[str | None] = [None] * len(files)
     pieces: list[str | None] = []
     for row, (path, *times) in enumerate(
-        zip(paths, columns.get("start", nothing), columns.get("end", nothing), strict=True), 1
+        zip(files, columns.get("start", nothing), columns.get("end", nothing), strict=True), 1
     ):
         if path is None:
             pieces.append(None)
             continue
         if any(time is not None for time in times) and fragment.split(path).file != path:
-            raise UserError(f"{manifest}: row {row} names a piece ({path}) and gives start or end too; use one of them")
+            raise UserError(f"{where}: row {row} names a piece ({path}) and gives start or end too; use one of them")
         try:
             pieces.append(fragment.join(path, *(None if time is None else float(time) for time in times)))
         except ValueError:
             raise UserError(
-                f"{manifest}: row {row} starts at '{times[0] or 0}' and ends at '{times[1] or 'the end'}'; "
+                f"{where}: row {row} starts at '{times[0] or 0}' and ends at '{times[1] or 'the end'}'; "
                 "give seconds, the end after the start"
             ) from None
     return pieces
-
-
-def _read_csv(path: Path) -> Columns:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            _no_repeats(path, header)
-            columns: Columns = {name: [] for name in header}
-            for cells in filter(None, reader):
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: {len(cells)} cells under {len(header)} column names; "
-                        "quote cells that hold a comma"
-                    )
-                for values, cell in zip(columns.values(), cells, strict=True):
-                    values.append(cell or None)
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
-    return columns
-
-
-def _read_jsonl(path: Path) -> Columns:
-    columns: Columns = {}
-    rows = 0
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({getattr(error, 'msg', error)})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: a row is a JSON object, but this is a {type(row).__name__}")
-            for key in row:
-                columns.setdefault(key, [None] * rows)
-            for key, values in columns.items():
-                values.append(_text(row.get(key)))
-            rows += 1
-    return columns
-
-
-def _read_parquet(path: Path) -> Columns:
-    try:
-        file = pq.ParquetFile(path)
-        # Vectors and raw bytes are no manifest columns, and would fill the memory.
-        names = [f.name for f in file.schema_arrow if not (pa.types.is_nested(f.type) or _is_binary(f.type))]
-        _no_repeats(path, names)
-        table = file.read(columns=names)
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-    return {name: [_text(value) for value in table.column(name).to_pylist()] for name in names}
-
-
-def _no_repeats(path: Path, names: Sequence[str]) -> None:
-    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
-    if times > 1:
-        raise UserError(f"{path} has more than one column '{name}'")
-
-
-def _is_binary(kind: Any) -> bool:
-    return any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary))
-
-
-def _text(value: Any) -> str | None:
-    if value is None or value == "":
-        return None
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-_READERS: dict[str, Callable[[Path], Columns]] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmssl.contracts import Media
-from mmssl.data.listing import ITSELF, Columns, Listing, list_files, manifest_of, own_column, read_manifest, resolve
+from mmssl.data import paths
+from mmssl.data.listing import ITSELF, MANIFESTS, Columns, Listing, check_there, list_files, own_column, resolve
+from mmssl.data.tables import Table, table_at
 from mmssl.errors import UserError, nearest
 
 
@@ -28,9 +30,12 @@ def list_pairs(
     ``default_split`` as in ``list_files``. Raises UserError, one sentence, for a path without such rows and, if
     ``strict``, for a row without two of them; else rows may lack any.
     """
-    root = Path(path)
-    manifest = manifest_of(root)
-    listing = _by_name(root, kinds) if manifest is None else _rows(root, manifest, kinds)
+    root = paths.given(path)
+    check_there(root, str(root))
+    table = table_at(str(root), kinds)
+    if table is None and not paths.is_folder(str(root)):
+        raise UserError(f"{root} is neither a folder nor a manifest ({', '.join(MANIFESTS)})")
+    listing = _by_name(root, kinds) if table is None else _rows(root, table, kinds)
     if split is None and default_split in listing.columns.get("split", []):
         split = default_split
     listing = listing if split is None else listing.split(split)
@@ -39,32 +44,32 @@ def list_pairs(
     return listing
 
 
-def _rows(root: Path, manifest: Path, kinds: Sequence[Media]) -> Listing:
-    columns = read_manifest(manifest)
-    media = {kind.name: _column(manifest, columns, kind, kinds) for kind in kinds}
+def _rows(root: Path | str, table: Table, kinds: Sequence[Media]) -> Listing:
+    media = {kind.name: _column(table, kind, kinds) for kind in kinds}
     count = len(next(iter(media.values())))
     if not count:
-        raise UserError(f"{manifest} lists nothing")
-    return _listing(root, media, columns, range(1, count + 1))
+        raise UserError(f"{table.where} lists nothing")
+    return _listing(root, media, table.columns, range(1, count + 1))
 
 
-def _column(manifest: Path, columns: Columns, kind: Media, kinds: Sequence[Media]) -> list[str | None]:
+def _column(table: Table, kind: Media, kinds: Sequence[Media]) -> list[str | None]:
     """Return where each row's medium of a kind is, an absolute path or the text itself; None where it has none."""
+    where, columns, _ = table
     own = own_column(columns, kind)
     if own is not None:
-        return resolve(manifest, columns, own, kind)
+        return resolve(table, own, kind)
     without = [one.name for one in kinds if own_column(columns, one) is None]
     if "path" in columns and without == [kind.name]:
-        return resolve(manifest, columns, "path", kind)
+        return resolve(table, "path", kind)
     has, missing = ", ".join(columns) or "none", [name for one in without for name in _names(one)]
     if "path" in columns:
         raise UserError(
-            f"{manifest} does not say which of {' and '.join(without)} its path is of: all but one need a column of "
+            f"{where} does not say which of {' and '.join(without)} its path is of: all but one need a column of "
             f"their own ({', '.join(missing)}), but it has {has}{_misspelt(columns, missing)}"
         )
     ways = [*_names(kind.name), "path"]
     raise UserError(
-        f"{manifest} says nothing of modality {kind.name}: it needs a column {' or '.join(ways)}, but has "
+        f"{where} says nothing of modality {kind.name}: it needs a column {' or '.join(ways)}, but has "
         f"{has}{_misspelt(columns, ways)}"
     )
 
@@ -80,7 +85,7 @@ def _misspelt(columns: Columns, missing: Sequence[str]) -> str:
     return next((hint for hint in hints if hint.startswith("; did you mean")), "")
 
 
-def _by_name(root: Path, kinds: Sequence[Media]) -> Listing:
+def _by_name(root: Path | str, kinds: Sequence[Media]) -> Listing:
     """Return the files of a folder that have one name but for the suffix."""
     found: dict[str, dict[str, str | None]] = {}
     for kind in kinds:
@@ -101,15 +106,15 @@ def _by_name(root: Path, kinds: Sequence[Media]) -> Listing:
     return _listing(root, {kind.name: [row.get(kind.name) for row in rows] for kind in kinds}, {}, ())
 
 
-def _listing(root: Path, media: Mapping[str, list[str | None]], columns: Columns, rows: Sequence[int]) -> Listing:
-    paths = [next(filter(None, row), "") for row in zip(*media.values(), strict=True)]
-    return Listing(root, paths, columns, rows=rows, media=dict(media))
+def _listing(root: Path | str, media: Mapping[str, list[str | None]], columns: Columns, rows: Sequence[int]) -> Listing:
+    first = [next(filter(None, row), "") for row in zip(*media.values(), strict=True)]
+    return Listing(root, first, columns, rows=rows, media=dict(media))
 
 
 def _check(listing: Listing, kinds: Sequence[Media]) -> None:
     first, *others = (kind.name for kind in kinds)
     for i in range(len(listing)):
-        there = {name for name, paths in listing.media.items() if paths[i] is not None}
+        there = {name for name, files in listing.media.items() if files[i] is not None}
         if first not in there or len(there) < 2:
             missing = first if first not in there else " or ".join(others)
             row = f"row {listing.rows[i]}" if listing.rows else listing.name(i)

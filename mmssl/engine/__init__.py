@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.contracts import Micros
+from mmssl.engine.precision import LossScale, Precision
+from mmssl.files import Shape
 
 
 class StepResult(NamedTuple):
@@ -16,7 +18,7 @@ class StepResult(NamedTuple):
     loss: Tensor
     metrics: dict[str, Tensor]
     grad_norm: Tensor | None
-    """Global L2 norm of the gradient before clipping; None where nobody asked for it."""
+    """Global L2 norm of the gradient before clipping; None where it is not known, as of a step that was skipped."""
 
 
 class Engine(Protocol):
@@ -24,6 +26,9 @@ class Engine(Protocol):
 
     objective: nn.Module
     device: torch.device
+    precision: Precision
+    scale: LossScale | None
+    """Of the loss, in fp16; it is restored before ``load``."""
 
     def step(self, micros: Micros, lr: float) -> StepResult:
         """Take one optimiser step on this rank's micro-batches at learning rate ``lr`` (times each group's scale)."""
@@ -31,6 +36,10 @@ class Engine(Protocol):
 
     def whole(self) -> AbstractContextManager[None]:
         """Return a context in which all parameters are whole on every rank, to be read. A collective."""
+        ...
+
+    def layout(self) -> dict[str, Shape]:
+        """Return what ``state`` will yield, in its order, without the values."""
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

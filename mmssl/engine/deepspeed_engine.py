@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from mmssl.contracts import Batch, Micros
 from mmssl.engine import StepResult, zero
+from mmssl.engine.deepspeed_setup import autocast_precision
 from mmssl.engine.ema import EMA
 from mmssl.engine.finite import FiniteGuard, NonFiniteSamples
-from mmssl.engine.optim import set_lr
-from mmssl.engine.torch_engine import MOMENTS, mean_result, persistent_buffers
+from mmssl.engine.optim import clipped, set_lr
+from mmssl.engine.precision import loss_scale, taken, unscale
+from mmssl.engine.torch_engine import MOMENTS, layout, mean_result, persistent_buffers
 from mmssl.errors import NonFiniteLoss, UserError
+from mmssl.files import Shape
 
 
 class DeepSpeedEngine:
@@ -35,7 +38,8 @@ class DeepSpeedEngine:
     ) -> None:
         """Hand ``objective`` and its AdamW to DeepSpeed, with the configuration that ``merge`` returned.
 
-        All ranks start from rank 0's weights. Raises UserError where DeepSpeed refuses a key of the configuration.
+        All ranks start from rank 0's weights and buffers. Raises UserError where DeepSpeed refuses a key of the
+        configuration.
         """
         self.objective = objective
         self.accumulate: int = config["gradient_accumulation_steps"]
@@ -47,6 +51,11 @@ class DeepSpeedEngine:
             objective, optimizer, {**config, "gradient_clipping": 0.0 if self.clips_here else self.clip or 0.0}
         )
         self.device = torch.device(self.engine.device)
+        for _, buffer in persistent_buffers(objective):
+            dist.broadcast(buffer, 0)  # DeepSpeed does so with the parameters alone
+        self.precision = autocast_precision(config) or "fp32"
+        self.scale = loss_scale(self.precision)
+        zero.take_over_scaling(self.engine, self.scale is not None)
         self.ema = EMA([zero.resident(p) for p in self.names], ema) if ema is not None else None
         self.guard = FiniteGuard(objective)
 
@@ -54,22 +63,35 @@ class DeepSpeedEngine:
         """Take one optimiser step: accumulate over the micro-batches, reduce over the ranks, clip, AdamW, average."""
         assert len(micros) == self.accumulate
         set_lr(self.engine.optimizer, lr)
-        steps, norm = [], None
+        factor = 1.0 if self.scale is None else self.scale.scale
+        if self.scale is not None and not self.clips_here:
+            self.engine.optimizer.override_loss_scale(factor)
+        steps, norm, finite = [], None, True
         for i, batch in enumerate(micros):
             step = self.engine(batch)
             self._watch(step.loss, batch)
-            self.engine.backward(step.loss)  # divides by the number of micro-batches
-            if i == len(micros) - 1 and self.clip is not None and self.clips_here:
-                norm = nn.utils.clip_grad_norm_(self.names, self.clip)
+            # Divides by the number of micro-batches.
+            self.engine.backward(step.loss * factor if self.clips_here else step.loss)
+            if i == len(micros) - 1 and self.clips_here:
+                finite, norm = self._finish_gradient()
             self.engine.step()  # but for the last micro-batch, only counts
             steps.append(step)
-        if not self.engine.was_step_applied():
+        finite = finite and self.engine.was_step_applied()
+        if not finite and self.scale is None:
             raise NonFiniteLoss("the gradient is not finite although the loss is; the weights were not updated")
-        if self.clip is not None and not self.clips_here:
+        if not self.clips_here and self.engine.get_global_grad_norm() is not None:
             norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
-        if self.ema is not None:
+        if self.ema is not None and finite:
             self.ema.update()
-        return mean_result(steps, norm)
+        return mean_result(steps, norm, {} if self.scale is None else self.scale.update(finite))
+
+    def _finish_gradient(self) -> tuple[bool, Tensor | None]:
+        # Without ZeRO the gradients are whole, and the same on every rank.
+        finite = self.scale is None or unscale(self.names, self.scale)
+        norm = clipped(self.names, self.clip)
+        if not finite:
+            self.engine.zero_grad()  # the optimiser leaves alone what has no gradient
+        return finite, norm
 
     def _watch(self, loss: Tensor, batch: Batch) -> None:
         # All ranks look at the sum of their losses, so that they stop together: one that raised alone would leave the
@@ -92,32 +114,43 @@ class DeepSpeedEngine:
         """Return a context in which stage 3 has gathered all parameters. A collective, and so is leaving it."""
         return deepspeed.zero.GatheredParameters(list(self.names))  # type: ignore[no-any-return]
 
+    def layout(self) -> dict[str, Shape]:
+        """Return what ``state`` will yield; see ``Engine.layout``."""
+        moments = MOMENTS if self._stepped else ()
+        return layout(
+            self.objective, zero.full_shape, lambda p: moments if p.requires_grad else (), self.ema is not None
+        )
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters, moments, averages and buffers; see ``Engine.state``."""
         self.guard.settle()
         averages = self.ema.averages if self.ema is not None else [None] * len(self.names)
-        stepped = self.engine.global_steps > 0
-        if stepped:
+        if self._stepped:
             zero.link_moments(self.engine.optimizer)
         for (parameter, name), average in zip(self.names.items(), averages, strict=True):
             yield f"param/{name}", zero.whole(parameter, zero.resident(parameter), self.device)
-            for key in MOMENTS if stepped and parameter.requires_grad else ():
+            for key in MOMENTS if self._stepped and parameter.requires_grad else ():
                 yield f"{key}/{name}", zero.moment(self.engine.optimizer, parameter, key, self.device)
             if average is not None:
                 yield f"ema/{name}", zero.whole(parameter, average, self.device)
         for name, buffer in persistent_buffers(self.objective):
             yield f"buffer/{name}", buffer
 
+    @property
+    def _stepped(self) -> bool:
+        # Before the first step that was taken there are no moments.
+        return taken(self.engine.global_steps, self.scale) > 0
+
     @torch.no_grad()
     def load(self, read: Callable[[str], Tensor], step: int) -> None:
         """Restore what ``state`` of any engine yielded after ``step`` optimiser steps."""
         self.guard.settle()
-        optimizer = self.engine.optimizer
-        if step > 0:
-            zero.make_moments(optimizer, step, MOMENTS)
+        optimizer, count = self.engine.optimizer, taken(step, self.scale)
+        if count > 0:
+            zero.make_moments(optimizer, count, MOMENTS)
         for index, (parameter, name) in enumerate(self.names.items()):
             zero.set_parameter(parameter, read(f"param/{name}").to(self.device))
-            for key in MOMENTS if step > 0 and parameter.requires_grad else ():
+            for key in MOMENTS if count > 0 and parameter.requires_grad else ():
                 zero.set_moment(optimizer, parameter, key, read(f"{key}/{name}").to(self.device))
             if self.ema is not None:
                 self.ema.averages[index].copy_(zero.share(parameter, read(f"ema/{name}")))

@@ -15,9 +15,14 @@ from warnings import warn
 import psutil
 import torch
 import torch.distributed as dist
+from torch._appdirs import user_cache_dir
 
-from mmssl.distributed import World, world
+from mmssl.distributed import World, launch_facts, launched, world
+from mmssl.engine.precision import Precision
 from mmssl.errors import UserError, nearest
+
+WORDS: dict[Precision, str] = {"bf16": "bfloat16", "fp16": "float16"}
+"""What DeepSpeed calls the precisions of products."""
 
 RECIPE_SECTIONS = {"optimizer": "optim", "scheduler": "optim.warmup and optim.min_lr", "bf16": "train.precision",
                    "fp16": "train.precision", "amp": "train.precision"}  # fmt: skip
@@ -50,7 +55,7 @@ def merge(
     micro_batch: int,
     accumulate: int,
     clip: float | None = None,
-    bf16: bool = False,
+    precision: Precision = "fp32",
     where: str = "the DeepSpeed configuration",
 ) -> dict[str, Any]:
     """Return ``system`` completed with what the recipe decides: batch sizes, accumulation, clipping and precision.
@@ -73,21 +78,52 @@ def merge(
         config[key] = value
     for key, recipe in RECIPE_SECTIONS.items():
         if not _is_off(config.pop(key, "auto")):
-            raise UserError(f"{where}: '{key}' is set, but the recipe decides it by {recipe}; leave it out")
+            raise UserError(f"{where}: '{key}' is set, but the recipe decides it by {recipe}; {_instead(key)}")
+    asked = autocast_precision(system, where)
+    if asked not in (None, precision):
+        raise UserError(
+            f"{where}: torch_autocast makes it {asked}, but the recipe's train.precision is {precision}; leave the "
+            "section out, or train.precision"
+        )
     autocast = config.get("torch_autocast", "auto")
-    autocast = {} if autocast == "auto" else autocast
-    for key, wanted in (("enabled", bf16), ("dtype", "bfloat16")):
-        if autocast.get(key, "auto") not in ("auto", wanted):
-            raise UserError(
-                f"{where}: torch_autocast.{key} is {autocast[key]}, but the recipe's train.precision is "
-                f"{'bf16' if bf16 else 'fp32'}; leave the section out"
-            )
-    # The bf16 section would turn the parameters into bf16; autocast keeps them fp32, as the plain engine does.
-    config["torch_autocast"] = {**autocast, "enabled": bf16, "dtype": "bfloat16"}
+    # DeepSpeed's own sections would make the parameters 16 bit; autocast keeps them fp32, as the plain engine does.
+    config["torch_autocast"] = {
+        **({} if autocast == "auto" else autocast),
+        "enabled": precision != "fp32",
+        "dtype": "bfloat16" if precision == "fp32" else WORDS[precision],
+    }
     _check_zero(config, where)
     # We bring our own AdamW, also to the CPU: DeepSpeed's would be compiled for minutes at the first start.
     config["zero_force_ds_cpu_optimizer"] = False
     return config
+
+
+def autocast_precision(system: Mapping[str, Any], where: str = "the DeepSpeed configuration") -> Precision | None:
+    """Return the precision that a configuration asks for in its ``torch_autocast`` section; None where it is silent."""
+    section = system.get("torch_autocast", "auto")
+    if section == "auto":
+        return None
+    names: dict[Any, Precision] = {word: precision for precision, word in WORDS.items()}
+    enabled, dtype = (section.get(key, "auto") for key in ("enabled", "dtype")) if isinstance(section, dict) else (0, 0)
+    if enabled not in (True, False, "auto") or dtype not in ("auto", *names):
+        raise UserError(
+            f'{where}: torch_autocast is {{"enabled": true or false, "dtype": "bfloat16" or "float16"}}, but this is '
+            f"{section!r}"
+        )
+    if enabled is False:
+        return "fp32"
+    return names.get(dtype, "bf16" if enabled is True else None)
+
+
+def _instead(section: str) -> str:
+    # What to write for DeepSpeed's own sections, whose parameters would be 16 bit.
+    if section not in ("bf16", "fp16", "amp"):
+        return "leave it out"
+    dtype = WORDS.get(section, WORDS["fp16"])  # type: ignore[call-overload]
+    return (
+        f'parameters stay fp32: write "torch_autocast": {{"enabled": true, "dtype": "{dtype}"}}, or leave it out and '
+        f"set train.precision={'fp16' if section == 'amp' else section}"
+    )
 
 
 def _is_off(section: Any) -> bool:
@@ -106,19 +142,21 @@ def _check_zero(config: Mapping[str, Any], where: str) -> None:
 def connect(me: World, device_type: str) -> torch.device:
     """Join the ranks of a run (NCCL on GPUs, gloo on CPUs) and return this rank's device; one rank needs no launcher.
 
-    A collective that waits longer than 10 minutes (environment: ``DEEPSPEED_TIMEOUT`` minutes) fails.
+    How long collectives wait is said by ``mmssl.engine.watch``; until it begins, by ``DEEPSPEED_TIMEOUT`` (minutes).
     """
     for lock in stale_locks():
-        warn(f"{lock} was left by a process that is gone and can make a start hang: delete it", stacklevel=2)
+        # Nothing that is shipped makes DeepSpeed compile; a JSON of one's own may.
+        warn(f"{lock} was left by a process that is gone; what compiles the same would hang: delete it", stacklevel=2)
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     device = torch.device("cpu")
     if device_type == "cuda":
         device = torch.device("cuda", me.local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device_type == "cuda" else "gloo"
-    alone = me.size == 1 and not dist.is_initialized() and "RANK" not in os.environ
+    alone = me.size == 1 and not dist.is_initialized() and not launched()
+    os.environ.update(launch_facts())  # DeepSpeed reads them
     if me.size == 1 and not dist.is_initialized():
-        os.environ.update(RANK="0", LOCAL_RANK=str(me.local_rank), WORLD_SIZE="1")  # DeepSpeed reads them
+        os.environ.update(RANK="0", LOCAL_RANK=str(me.local_rank), WORLD_SIZE="1")
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
@@ -134,9 +172,8 @@ def connect(me: World, device_type: str) -> torch.device:
 
 def stale_locks() -> list[Path]:
     """Return the lock files of torch's extension builder that no process here holds open: their owners were killed."""
-    from torch.utils.cpp_extension import get_default_build_root  # warns of a missing CUDA toolkit when imported
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    # torch.utils.cpp_extension would tell the default, but also, when imported, of a missing CUDA toolkit.
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache_dir("torch_extensions"))
     locks = {file.resolve() for depth in ("*/lock", "*/*/lock") for file in root.glob(depth)}
     held: set[Path] = set()
     for process in psutil.process_iter() if locks else ():

@@ -2,11 +2,11 @@
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Hooks:
     checkpoint: Callable[[int], None]
     """Write a checkpoint after this many steps; a collective."""
     log: Callable[[dict[str, Any]], None]
-    """Take a line of metrics, the same on every rank."""
+    """Take a line of metrics, the same on every rank but for what it says of memory and pace."""
     broken: Callable[[int, str], int]
     """Record a broken file by global index and reason, the same on every rank; returns how many there are by now."""
     name: Callable[[int], str]
@@ -48,6 +48,20 @@ class Hooks:
     """Note what this rank does next, in a word that goes on from "it is": reading, computing, writing ..."""
 
 
+class Pace(NamedTuple):
+    """What a run computes, and what it could."""
+
+    gflop: float
+    """10^9 operations of training on one sample."""
+    peak: float | None = None
+    """10^9 operations per second that the devices of all ranks can do; None where that is not known."""
+
+    def reached(self, samples_per_s: float) -> dict[str, float]:
+        """Return the metrics of a rate: the operations of the model as it is written, none of it computed twice."""
+        gflops = samples_per_s * self.gflop
+        return {"gflop_per_s": gflops} | ({} if self.peak is None else {"mfu": gflops / self.peak})
+
+
 @dataclass(frozen=True)
 class Limits:
     """When the loop writes, logs and gives up."""
@@ -60,19 +74,23 @@ class Limits:
     checkpoint_minutes: float | None
     max_broken: int
     seed: int
+    pace: Pace | None = None
+    """What it takes to say how fast the loop is; on the rank that talks."""
 
 
 @dataclass
 class Meter:
     """Sums over the steps since the last line of metrics; nothing is read from the device before the line is due."""
 
+    pace: Pace | None = None
     totals: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
     waited: float = 0.0
+    computed: float = 0.0
     since: float = field(default_factory=time.monotonic)
 
-    def add(self, result: StepResult, waited: float) -> None:
-        """Count one step."""
+    def add(self, result: StepResult, waited: float, computed: float) -> None:
+        """Count one step, for which so many seconds went into waiting for data and into computing."""
         values = {"loss": result.loss, **result.metrics}
         if result.grad_norm is not None:
             values["grad_norm"] = result.grad_norm.detach()
@@ -80,15 +98,17 @@ class Meter:
             self.totals[key] = self.totals[key] + value if key in self.totals else value
         self.steps += 1
         self.waited += waited
+        self.computed += computed
 
     def line(self, council: Council, batch_size: int) -> dict[str, float]:
         """Return means over steps and ranks, and the pace. A collective; empties the meter."""
         means = council.mean(torch.stack([value.float() for value in self.totals.values()])) / self.steps
         elapsed = time.monotonic() - self.since
         line = dict(zip(self.totals, means.tolist(), strict=True))
-        line |= {"samples_per_s": self.steps * batch_size / elapsed, "wait": self.waited / elapsed}
-        self.totals, self.steps, self.waited, self.since = {}, 0, 0.0, time.monotonic()
-        return line
+        rate = self.steps * batch_size / elapsed
+        line |= {"samples_per_s": rate, "wait": self.waited / elapsed, "compute": self.computed / elapsed}
+        self.totals, self.steps, self.since, self.waited, self.computed = {}, 0, time.monotonic(), 0.0, 0.0
+        return line if self.pace is None else line | self.pace.reached(rate)
 
 
 def train(
@@ -100,7 +120,7 @@ def train(
     Raises Stopped after a checkpoint when SIGINT or SIGTERM arrived on any rank, UnusableData when too many files are
     broken, NonFiniteLoss for a NaN or infinite loss, MmsslError when memory runs out.
     """
-    meter = Meter()
+    meter = Meter(limits.pace)
     after_step = getattr(engine.objective, "after_step", None)
     written, clock, broken = start, time.monotonic(), 0
     with (
@@ -118,11 +138,11 @@ def train(
             torch.manual_seed(((limits.seed * 1_000_003 + step) * 4096 + world.rank) % 2**63)
             hooks.phase("computing")
             hooks.before(step)
-            meter.add(engine.step(micros, schedule(step)), waited)
-            done = step + 1
+            result, done = engine.step(micros, schedule(step)), step + 1
             if after_step is not None:
                 with engine.whole():
                     after_step(Progress(done, limits.steps))
+            meter.add(result, waited, time.monotonic() - began - waited)
             hooks.after(done, micros)
 
             minutes = (time.monotonic() - clock) / 60
@@ -136,8 +156,9 @@ def train(
             news = None
             if done % limits.log_every == 0 or last or step == start:
                 line = meter.line(council, limits.batch_size)
-                news = summary(line, engine.device)
-                hooks.log({"step": done, "lr": schedule(step), **line})
+                line = {"step": done, "lr": schedule(step), **line, "memory_gb": memory_gb(engine.device)}
+                news = summary(line)
+                hooks.log(line)
             bar.advance(done, news)
             if broken > limits.max_broken:
                 raise UnusableData(
@@ -186,12 +207,20 @@ def read(
     return micros, fresh
 
 
-def summary(line: dict[str, float], device: torch.device) -> str:
+def summary(line: Mapping[str, float]) -> str:
     """Return a line of metrics in words."""
-    return (
-        f"loss {line['loss']:.4f}  {line['samples_per_s']:.0f} samples/s  "
-        f"{100 * line['wait']:.0f} % waiting for data  {memory_gb(device):.1f} GB"
-    )
+    data, compute = 100 * line["wait"], 100 * line["compute"]
+    words = [f"loss {line['loss']:.4f}", f"{line['samples_per_s']:.0f} samples/s"]
+    if "mfu" in line:
+        words.append(f"MFU {100 * line['mfu']:.0f} %")
+    elif "gflop_per_s" in line:
+        words.append(f"{line['gflop_per_s']:.3g} GFLOP/s")
+    words.append(f"{data:.0f} % waiting for data, {compute:.0f} % computing, {max(0, 100 - data - compute):.0f} % else")
+    if "grad_norm" in line:
+        words.append(f"gradient {line['grad_norm']:.3g}")
+    if "loss_scale" in line:
+        words.append(f"scale {line['loss_scale']:.3g}")
+    return "  ".join([*words, f"{line['memory_gb']:.1f} GB"])
 
 
 @contextmanager

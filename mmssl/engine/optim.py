@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 UNDECAYED = ("cls_token", "mask_token", "positions.table")
 
@@ -91,6 +91,14 @@ def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
         return ADAMW_STATE
     # torch's SGD keeps nothing where there is no momentum.
     return ("momentum_buffer",) if optimizer.defaults["momentum"] > 0 else ()
+
+
+def clipped(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor:
+    """Scale the gradient down to an L2 norm of ``most`` if it is longer; returns what it was."""
+    parameters = list(parameters)
+    if most is not None:
+        return nn.utils.clip_grad_norm_(parameters, most)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def set_lr(optimizer: Any, lr: float) -> None:

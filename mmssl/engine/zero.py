@@ -18,10 +18,31 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from mmssl.files import Shape
+
+
+def take_over_scaling(engine: Any, scaled: bool) -> None:
+    """Leave the scaling of losses in float16 to ``mmssl.engine.precision``, on all stages alike.
+
+    DeepSpeed scales losses that torch's autocast made by a GradScaler per rank. The norm by which it clips has that
+    scale still in it, and the state is in no checkpoint. What is left is the scale that ``override_loss_scale`` sets
+    and the search for infinities, whose finding all ranks share.
+    """
+    engine.torch_autocast_z0_gradscaler = None
+    if hasattr(engine.optimizer, "override_loss_scale"):
+        engine.optimizer.torch_autocast_gradscaler = None
+        engine.optimizer.check_grad_overflow = scaled
+        engine.optimizer.loss_scaler.update_scale = lambda overflow: None  # it would only say that a step is skipped
+
 
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether stage 3 cut the parameter, so that between uses a rank holds only its shard."""
     return hasattr(parameter, "ds_tensor")
+
+
+def full_shape(parameter: nn.Parameter) -> Shape:
+    """Return what a parameter is as a whole."""
+    return Shape("F32", tuple(parameter.ds_shape)) if is_sharded(parameter) else Shape.of(parameter)  # type: ignore[attr-defined]
 
 
 def resident(parameter: nn.Parameter) -> Tensor:

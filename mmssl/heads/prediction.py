@@ -84,9 +84,9 @@ class ContrastivePrediction(nn.Module):
         ``seeds`` int64 [B] draw the candidates, the same ones every time where there are none; ``present`` bool [B, T]
         or [B, L, T] tells what is no padding; ``files`` int64 [B] are equal for looks at one file, none where left out.
         Of every step k ahead, counted from 1, there is ``accuracy_k`` and ``bound_k``, in nats (log N - loss);
-        ``bound`` is their mean, and ``log_n`` what it can be at most. A sample's loss is the mean over its steps of the
-        means over moments; samples without anything to score have no part in the mean over samples. Raises ValueError
-        for a sequence too short, and for z and c that do not go together.
+        ``bound`` is their mean, and ``log_n`` what it can be at most; ``trivial`` is the loss of guessing. A sample's
+        loss is the mean over its steps of the means over moments; samples without anything to score have no part in the
+        mean over samples. Raises ValueError for a sequence too short, and for z and c that do not go together.
         """
         self._check(z, c)
         if z.ndim == 3:
@@ -128,7 +128,9 @@ class ContrastivePrediction(nn.Module):
         steps = range(self.skip + 1, self.skip + self.steps + 1)
         metrics = {f"accuracy_{k}": value for k, value in zip(steps, accuracies, strict=True)}
         metrics |= {f"bound_{k}": value for k, value in zip(steps, bounds, strict=True)}
-        return Step(loss.sum() / samples[-1], metrics | {"bound": bounds.mean(), "log_n": most.mean()})
+        trivial = (log_n * counted.any(1)).sum() / samples[-1]
+        metrics |= {"bound": bounds.mean(), "log_n": most.mean(), "trivial": trivial}
+        return Step(loss.sum() / samples[-1], metrics)
 
 
 class LinearSteps(nn.Module):

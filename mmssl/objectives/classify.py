@@ -6,6 +6,7 @@ Shape legend: B samples, C classes. A target is int64 [B], one class per sample,
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -52,6 +53,13 @@ class ClassifyConfig(ObjectiveConfig):
     def micro_batch_multiple(self) -> int:
         """Two where samples are mixed in pairs."""
         return 2 if self.mix.active else 1
+
+    def synthetic_targets(self, files: int) -> np.ndarray[Any, Any]:
+        """Return classes drawn at random, int64 [files], or any number for each, float32 [files, classes]."""
+        rng, classes = np.random.default_rng(0), len(self.classes)
+        if self.multi_label:
+            return rng.integers(2, size=(files, classes)).astype(np.float32)
+        return rng.integers(classes, size=files)
 
     def build(self, encoders: Mapping[str, EncoderModule]) -> "Classify":
         """Make the objective around its one encoder; ValueError where its settings do not fit the encoder."""

@@ -172,24 +172,30 @@ class CLIP(nn.Module):
         """Return the mean over the pairs of modalities of the mean loss over the pairs of samples on all ranks.
 
         A sample that is there more than once, on whatever ranks, counts once: it is no mismatch of itself.
-        ``accuracy_A_to_B`` is how often the best of all B for an A is its own.
+        ``accuracy_A_to_B`` is how often the best of all B for an A is its own, ``trivial`` the loss of guessing, and
+        ``scale_most`` what ``scale`` is kept below.
         """
         once = first(batch["index"])
         vectors = {name: self.features(name, batch) for name in self.modalities}
         centre, *others = self.modalities
-        losses, metrics = [], {"scale": self.temperature.scale().detach()}
+        losses, guesses = [], []
+        scale = self.temperature.scale().detach()
+        metrics = {"scale": scale, "scale_most": torch.full_like(scale, MAX_SCALE)}
         for other in others:
             present = once
             for name in (centre, other):
                 present = present & batch.get(f"{name}.present", once)
             found = self._compare(vectors[centre], vectors[other], present)
-            share = _share(found.losses, present)
+            here = present.to(found.losses.dtype)
+            count = all_reduce(here.sum()).clamp(min=1)
+            share = here * (ranks() / count)  # such that the mean over ranks of the sums is the mean over all pairs
             losses.append((found.losses * share).sum())
+            guesses.append(guessing(count, self.loss))
             hits = (found.found * share.unsqueeze(1)).sum(0)
             metrics |= {f"accuracy_{centre}_to_{other}": hits[0], f"accuracy_{other}_to_{centre}": hits[1]}
             if len(others) > 1:
                 metrics[f"loss_{centre}_{other}"] = losses[-1].detach()
-        return Step(torch.stack(losses).mean(), metrics)
+        return Step(torch.stack(losses).mean(), metrics | {"trivial": torch.stack(guesses).mean()})
 
     def _compare(self, a: Tensor, b: Tensor, present: Tensor) -> PairLoss:
         scale, bias = self.temperature.scale(), self.temperature.bias
@@ -255,10 +261,13 @@ def first(index: Tensor) -> Tensor:
     return found[rank() * len(index) : (rank() + 1) * len(index)]
 
 
-def _share(losses: Tensor, present: Tensor) -> Tensor:
-    """Return what a sample counts, [B]: such that the mean over ranks of the sums is the mean over all pairs."""
-    here = present.to(losses.dtype)
-    return here * (ranks() / all_reduce(here.sum()).clamp(min=1))
+def guessing(count: Tensor, loss: Loss) -> Tensor:
+    """Return the least loss of giving all of ``count`` pairs ([]) the same similarity: float32 [].
+
+    With softmax the right one of N is as likely as any. With sigmoid each is thought right once in N times.
+    """
+    missed = (count - 1) * torch.log(count / (count - 1).clamp(min=1)) if loss == "sigmoid" else torch.zeros_like(count)
+    return count.log() + missed
 
 
 def _module(module: object) -> nn.Module:

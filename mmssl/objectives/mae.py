@@ -15,7 +15,7 @@ from mmssl.backbones.pixelcnn import PixelCNN
 from mmssl.config import ObjectiveConfig
 from mmssl.contracts import Batch, Draw, EncoderModule, Reconstruction, Step, Streams
 from mmssl.heads.decoder import DecoderConfig
-from mmssl.losses.reconstruction import patch_mse
+from mmssl.losses.reconstruction import constant_mse, patch_mse
 from mmssl.masking import MASKS, Mask, MaskKind, RunningCell, gather
 
 
@@ -90,12 +90,16 @@ class MAE(nn.Module):
         return self._draw
 
     def forward(self, batch: Batch) -> Step:
-        """Return the mean squared error over the masked patches of ``signal`` [B, C, *size]."""
+        """Return the mean squared error over the masked patches of ``signal`` [B, C, *size].
+
+        ``trivial`` is that of the best constant prediction: the loss without having learned anything. A collective.
+        """
         tokenizer = self.encoder.tokenizer
         patches, pad, drop = tokenizer.patches(batch), tokenizer.pad(batch), batch["drop"]
         prediction = self._predict(patches, pad, batch)
         scored = None if pad is None else ~pad.gather(1, drop)
-        return Step(patch_mse(prediction, tokenizer.target(gather(patches, drop)), scored).mean(), {})
+        target = tokenizer.target(gather(patches, drop))
+        return Step(patch_mse(prediction, target, scored).mean(), {"trivial": constant_mse(target, scored)})
 
     def _predict(self, patches: Tensor, pad: Tensor | None, batch: Batch) -> Tensor:
         grid = self.encoder.tokenizer.grid_of(batch["signal"].shape[2:])

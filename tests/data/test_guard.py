@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmssl.data.guard import BrokenFile, guarded
+from mmssl.data.guard import BrokenFile, as_a_whole, guarded
 
 
 @pytest.fixture
@@ -119,3 +119,16 @@ def test_other_threads_decode_without_a_limit(some_file):
     thread.start()
     thread.join()
     assert results == [b"content"]
+
+
+def test_what_is_done_as_a_whole_is_interrupted_afterwards(some_file):
+    done = []
+
+    def decode(_path):
+        with as_a_whole():
+            signal.raise_signal(signal.SIGALRM)
+            done.append(True)
+        hang(_path)
+
+    assert reason(decode, some_file, timeout=30.0) == "timed out after 30 s"
+    assert done == [True]

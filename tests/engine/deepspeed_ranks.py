@@ -1,18 +1,16 @@
 """What the ranks of ``test_deepspeed_engine`` run, and the tiny objective and batches that they share with it.
 
-``python deepspeed_ranks.py FOLDER``, started once per rank with the environment that a launcher sets. Rank 0 writes
-what it finds into FOLDER: ``CASE.safetensors`` (the state) and ``CASE.json`` (losses, norms ...).
+Rank 0 writes what it finds into the folder: ``CASE.safetensors`` (the state) and ``CASE.json`` (losses, norms ...).
 """
 
 import json
-import sys
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,8 +25,12 @@ from modalities.encoder import Encoder, EncoderConfig, typed
 
 STEPS, MIDDLE, BATCH, ACCUMULATE, CLIP, EMA_DECAY = 6, 3, 8, 2, 0.5, 0.9
 STAGES = (0, 1, 2, 3)
-BF16_PACE = 0.1
-"""Factor on the learning rate in bf16: its rounding differs with the batch, and Adam blows up what should be zero."""
+BLAMED = (0, 2, 3)
+"""The stages at which a loss is spoilt."""
+HALF_PACE = 0.1
+"""Factor on the learning rate in 16 bit: its rounding differs with the batch, and Adam blows up what should be zero."""
+OVERFLOW = (2, 4)
+"""The steps at which fp16's gradient is made infinite, before and after the middle."""
 
 
 Micros = Callable[[int], list[dict[str, Tensor]]]
@@ -84,8 +86,20 @@ def run_steps(engine: Any, steps: Iterable[int], micros: Micros, pace: float = 1
     for step in steps:
         result = engine.step(micros(step), pace * learning_rate(step))
         engine.objective.seen += step
-        found.append([result.loss.item(), -1.0 if result.grad_norm is None else result.grad_norm.item()])
+        more = [result.metrics[key].item() for key in ("loss_scale", "skipped")] if engine.scale is not None else []
+        found.append([result.loss.item(), -1.0 if result.grad_norm is None else result.grad_norm.item(), *more])
     return found
+
+
+def overflow(objective: nn.Module, at: tuple[int, ...]) -> None:
+    """Make a value of a gradient infinite in the steps of ``seen``."""
+
+    def spoil(grad: Tensor) -> Tensor:
+        # ``seen`` is the sum of the steps before.
+        now = next(step for step in range(STEPS) if step * (step - 1) / 2 == objective.seen[0])
+        return grad.index_fill(0, torch.tensor(0), float("inf")) if now in at else grad
+
+    objective.decoder.head.weight.register_hook(spoil)
 
 
 def snapshot(engine: Any) -> dict[str, Tensor]:
@@ -100,13 +114,13 @@ class Ranks:
         connect(self.me, "cpu")
         self.council = Council(self.me.size)
 
-    def engine(self, stage: int, bf16: bool = False, **zero: Any) -> Any:
+    def engine(self, stage: int, precision: Any = "fp32", **zero: Any) -> Any:
         from mmssl.engine.deepspeed_engine import DeepSpeedEngine
 
         system = system_config(f"zero{stage}")
         buckets = {"reduce_bucket_size": 20_000} if stage else {}  # several buckets, and no gigabytes for a tiny model
         system["zero_optimization"] |= buckets | zero
-        config = merge(system, BATCH // self.me.size // ACCUMULATE, ACCUMULATE, CLIP, bf16)
+        config = merge(system, BATCH // self.me.size // ACCUMULATE, ACCUMULATE, CLIP, precision)
         objective = make_objective()
         if self.me.rank:  # rank 0's weights must win
             torch.nn.init.ones_(objective.decoder.head.weight)
@@ -133,8 +147,20 @@ class Ranks:
         engine.close()
 
     def train_bf16(self, case: str, stage: int) -> None:
-        engine = self.engine(stage, bf16=True)
-        self.write(f"{case}-end", engine, run_steps(engine, range(STEPS), self.micros, BF16_PACE))
+        engine = self.engine(stage, "bf16")
+        self.write(f"{case}-end", engine, run_steps(engine, range(STEPS), self.micros, HALF_PACE))
+        engine.close()
+
+    def train_fp16(self, case: str, stage: int, **zero: Any) -> None:
+        """Train with gradients that overflow on the last rank alone; then go on from what the torch engine wrote."""
+        engine = self.engine(stage, "fp16", **zero)
+        if self.me.rank == self.me.size - 1:
+            overflow(engine.objective, OVERFLOW)
+        self.write(f"{case}-end", engine, run_steps(engine, range(STEPS), self.micros, HALF_PACE))
+        state = load_file(self.folder / "torch-fp16.safetensors")
+        engine.scale.restore(json.loads((self.folder / "torch-fp16.json").read_text()))
+        engine.load(state.__getitem__, MIDDLE)
+        self.write(f"{case}-resumed", engine, run_steps(engine, range(MIDDLE, STEPS), self.micros, HALF_PACE))
         engine.close()
 
     def resume(self, case: str, stage: int, used: bool = False, **zero: Any) -> None:
@@ -165,27 +191,35 @@ class Ranks:
         engine.engine.destroy()
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def one_rank(folder: Path) -> None:
+    """Run the cases of a process that no launcher started."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
     ranks = Ranks(folder)
-    for stage in STAGES if ranks.me.size > 1 else (0, 2):
+    for stage in (0, 2):
         ranks.train(f"zero{stage}", stage)
-        if stage != 1:  # as stage 2
+        ranks.resume(f"resume{stage}", stage)
+
+
+def two_ranks(folder: Path) -> None:
+    """Run the cases of two ranks."""
+    ranks = Ranks(folder)
+    for stage in STAGES:
+        ranks.train(f"zero{stage}", stage)
+        if stage in (0, 2):  # 1 is as 2, and 3 comes below
             ranks.resume(f"resume{stage}", stage)
-    if ranks.me.size > 1:
-        # By default stage 3 keeps tensors as small as ours gathered; now it cuts every one of them.
-        cut = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 2_000}
-        ranks.train("zero3-cut", 3, **cut)
-        ranks.resume("resume3-cut", 3, **cut)
-        ranks.resume("resume2-used", 2, used=True)
-        ranks.resume("resume3-used", 3, used=True)
-        ranks.resume("resume3-offload", 3, offload_optimizer={"device": "cpu"})
-        ranks.train_bf16("zero2-bf16", 2)
-        ranks.train_bf16("zero3-bf16", 3)
-        for stage in STAGES:
-            ranks.non_finite(f"bad{stage}", stage)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    # By default stage 3 keeps tensors as small as ours gathered; now it cuts every one of them.
+    cut = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 2_000}
+    ranks.train("zero3-cut", 3, **cut)
+    ranks.resume("resume3-cut", 3, **cut)
+    ranks.resume("resume2-used", 2, used=True)
+    ranks.resume("resume3-used", 3, used=True)
+    ranks.resume("resume3-offload", 3, offload_optimizer={"device": "cpu"})
+    ranks.resume("resume2-offload", 2, offload_optimizer={"device": "cpu"})
+    ranks.train_bf16("zero2-bf16", 2)
+    ranks.train_bf16("zero3-bf16", 3)
+    for stage in STAGES:
+        ranks.train_fp16(f"zero{stage}-fp16", stage)
+    ranks.train_fp16("zero2-offload-fp16", 2, offload_optimizer={"device": "cpu"})
+    for stage in BLAMED:
+        ranks.non_finite(f"bad{stage}", stage)

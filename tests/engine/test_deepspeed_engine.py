@@ -7,25 +7,25 @@ on load (resume3-used), moments mapped once, as DeepSpeed does (stages 1 and 2 w
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import deepspeed_ranks
 import pytest
 import torch
 from deepspeed_ranks import (
     ACCUMULATE,
     BATCH,
-    BF16_PACE,
+    BLAMED,
     CLIP,
     EMA_DECAY,
+    HALF_PACE,
     MIDDLE,
+    OVERFLOW,
     STAGES,
     STEPS,
     make_objective,
     make_optimizer,
+    overflow,
     run_steps,
     snapshot,
     split,
@@ -33,18 +33,20 @@ from deepspeed_ranks import (
 )
 from safetensors.torch import load_file, save_file
 
-from mmssl.engine.deepspeed_setup import merge, stale_locks, system_config
+from mmssl import launch
+from mmssl.engine.deepspeed_setup import autocast_precision, merge, stale_locks, system_config
 from mmssl.engine.torch_engine import TorchEngine
 from mmssl.errors import UserError
 
 TIMEOUT = 200
 TRAINED = ["zero0", "zero1", "zero2", "zero3", "zero3-cut"]
-RESUMED = ["resume0", "resume2", "resume3", "resume3-cut", "resume2-used", "resume3-used", "resume3-offload"]
+RESUMED = ["resume0", "resume2", "resume3-cut", "resume2-used", "resume3-used"]
+OFFLOADED = ["resume2-offload", "resume3-offload"]
 
 
-def torch_engine(bf16=False):
+def torch_engine(precision="fp32"):
     objective = make_objective()
-    return TorchEngine(objective, make_optimizer(objective), torch.device("cpu"), bf16, CLIP, EMA_DECAY)
+    return TorchEngine(objective, make_optimizer(objective), torch.device("cpu"), precision, CLIP, EMA_DECAY)
 
 
 def micros(step):
@@ -62,44 +64,38 @@ def reference():
     return {"series": torch.tensor(series), "middle": middle, "end": snapshot(engine)}
 
 
-def run_ranks(folder, size, middle):
-    """Run ``deepspeed_ranks.py`` on ``size`` ranks; kills them all and fails when one fails or hangs."""
-    save_file({name: tensor.contiguous() for name, tensor in middle.items()}, folder / "torch-middle.safetensors")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = Path(__file__).with_name("deepspeed_ranks.py")
-    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = []
-    try:
-        for rank in range(size):
-            where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)} if size > 1 else {}
-            env = os.environ | (launched if size > 1 else {}) | where
-            env |= {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "DS_ACCELERATOR": "cpu"}
-            with (folder / f"log{rank}").open("w") as log:
-                ranks.append(
-                    subprocess.Popen([sys.executable, script, folder], env=env, stdout=log, stderr=subprocess.STDOUT)
-                )
-        codes = [rank.wait(timeout=TIMEOUT) for rank in ranks]
-    except subprocess.TimeoutExpired:
-        codes = ["hung"]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    logs = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(size))
-    assert set(codes) == {0}, f"exit codes {codes}\n{logs}"
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, reference, fp16):
+    folder = tmp_path_factory.mktemp("two")
+    save(folder / "torch-middle.safetensors", reference["middle"])
+    save(folder / "torch-fp16.safetensors", fp16["middle"])
+    (folder / "torch-fp16.json").write_text(json.dumps(fp16["facts"]))
+    # Whoever was killed while something was compiled leaves a lock, for which the next to compile it waits for ever.
+    lock = folder / "extensions" / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
+        launch.run(deepspeed_ranks.two_ranks, (folder,), 2, TIMEOUT)
     return folder
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, reference):
-    return run_ranks(tmp_path_factory.mktemp("two"), 2, reference["middle"])
+@pytest.mark.distributed
+def test_nothing_is_compiled_so_that_no_lock_is_waited_for(two_ranks):
+    left = [path.name for path in (two_ranks / "extensions").rglob("*") if path.is_file()]
+    assert left == ["lock"]
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory, reference):
-    return run_ranks(tmp_path_factory.mktemp("one"), 1, reference["middle"])
+    folder = tmp_path_factory.mktemp("one")
+    save(folder / "torch-middle.safetensors", reference["middle"])
+    launch.run(deepspeed_ranks.one_rank, (folder,), 1, TIMEOUT)
+    return folder
+
+
+def save(file, state):
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
 
 
 def check(folder, case, reference, moment="end", first=0):
@@ -136,7 +132,7 @@ def test_two_ranks_equal_one_process(two_ranks, reference, case, moment):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("case", RESUMED + OFFLOADED)
 def test_two_ranks_go_on_from_the_torch_engine(two_ranks, reference, case):
     check(two_ranks, case, reference, first=MIDDLE)
 
@@ -170,14 +166,51 @@ def test_bf16_keeps_fp32_parameters_and_the_losses(two_ranks, bf16_losses, case)
 @pytest.fixture(scope="module")
 def bf16_losses():
     losses, exact = (
-        torch.tensor(run_steps(torch_engine(bf16), range(STEPS), micros, BF16_PACE))[:, 0] for bf16 in (True, False)
+        torch.tensor(run_steps(torch_engine(precision), range(STEPS), micros, HALF_PACE))[:, 0]
+        for precision in ("bf16", "fp32")
     )
     assert (losses - exact).abs().max() > 1e-4  # it does compute in bf16
     return losses
 
 
+@pytest.fixture(scope="module")
+def fp16():
+    """What one process makes of gradients that overflow at two steps; and what it had in the middle."""
+    engine = torch_engine("fp16")
+    overflow(engine.objective, OVERFLOW)
+    found = run_steps(engine, range(MIDDLE), micros, HALF_PACE)
+    middle, facts = snapshot(engine), engine.scale.facts()
+    found += run_steps(engine, range(MIDDLE, STEPS), micros, HALF_PACE)
+    return {"series": torch.tensor(found), "middle": middle, "facts": facts, "end": snapshot(engine)}
+
+
+def test_an_overflow_is_skipped_and_lowers_the_scale(fp16):
+    series, facts = fp16["series"], fp16["facts"]
+    assert [step for step, skipped in enumerate(series[:, 3]) if skipped] == list(OVERFLOW)
+    assert [step for step, norm in enumerate(series[:, 1]) if not norm.isfinite()] == list(OVERFLOW)
+    assert series[:, 2].log2().tolist() == [16, 16, 16, 15, 15, 14]
+    assert facts == {"scale": 2.0**15, "good": 0, "skipped": 1}
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", [*(f"zero{stage}-fp16" for stage in STAGES), "zero2-offload-fp16"])
+def test_fp16_on_two_ranks_skips_what_overflows_on_one_and_equals_one_process(two_ranks, fp16, case):
+    for moment, first in (("end", 0), ("resumed", MIDDLE)):
+        report = json.loads((two_ranks / f"{case}-{moment}.json").read_text())
+        assert report["dtypes"] == ["torch.float32"]
+        series, expected = torch.tensor(report["series"]), fp16["series"][first:]
+        torch.testing.assert_close(series[:, 0], expected[:, 0], rtol=0, atol=1e-3)
+        torch.testing.assert_close(series[:, 1], expected[:, 1], rtol=1e-2, atol=0)
+        assert torch.equal(series[:, 2:], expected[:, 2:])
+        state = load_file(two_ranks / f"{case}-{moment}.safetensors")
+        for name, tensor in fp16["end"].items():
+            torch.testing.assert_close(
+                state[name], tensor, rtol=0, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", BLAMED)
 def test_a_bad_loss_on_one_rank_stops_all_and_names_its_samples(two_ranks, stage):
     said = json.loads((two_ranks / f"bad{stage}.json").read_text())
     first = BATCH // 2 + BATCH // 4  # the second micro-batch of the second rank
@@ -187,15 +220,31 @@ def test_a_bad_loss_on_one_rank_stops_all_and_names_its_samples(two_ranks, stage
     assert samples == list(range(first, first + BATCH // 4))
 
 
-def test_shipped_configurations_hold_systems_settings_only():
-    for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload"):
-        system = system_config(name)
-        assert set(system) <= {"zero_optimization", "zero_force_ds_cpu_optimizer"}
-        assert str(system["zero_optimization"]["stage"]) == name[4]
-        merged = merge(system, 4, 2, 1.0, True)
-        assert merged["train_batch_size"] == 8
-        assert merged["gradient_clipping"] == 1.0
-        assert merged["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+SHIPPED = [
+    "zero0", "zero1", "zero2", "zero2_bf16", "zero2_fp16", "zero2_offload",
+    "zero3", "zero3_bf16", "zero3_fp16", "zero3_offload",
+]  # fmt: skip
+
+
+def test_all_that_is_shipped_is_in_the_table_of_the_readme():
+    folder = Path(__file__).parents[2] / "ds_configs"
+    assert sorted(path.stem for path in folder.glob("*.json")) == SHIPPED
+    rows = [line.split("|")[1] for line in (folder / "README.md").read_text().splitlines() if line.startswith("| `")]
+    assert sorted(word for row in rows for word in row.replace("`", "").replace(",", " ").split()) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations_hold_systems_settings_only(name):
+    system = system_config(name)
+    assert set(system) <= {"zero_optimization", "zero_force_ds_cpu_optimizer", "torch_autocast"}
+    assert str(system["zero_optimization"]["stage"]) == name[4]
+    assert ("offload_optimizer" in system["zero_optimization"]) == name.endswith("offload")
+    asked = autocast_precision(system)
+    assert asked == (name[6:] if name.endswith("16") else None)
+    merged = merge(system, 4, 2, 1.0, asked or "bf16")
+    assert merged["train_batch_size"] == 8
+    assert merged["gradient_clipping"] == 1.0
+    assert merged["torch_autocast"] == {"enabled": True, "dtype": "float16" if asked == "fp16" else "bfloat16"}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +275,11 @@ def test_an_unknown_name_gets_the_nearest():
         ({"optimizer": {"type": "Adam"}}, ["optimizer", "optim"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optim.warmup"]),
         ({"bf16": {"enabled": True}}, ["bf16", "train.precision"]),
-        ({"torch_autocast": {"enabled": True}}, ["torch_autocast.enabled", "train.precision"]),
+        ({"torch_autocast": {"enabled": True}}, ["torch_autocast", "bf16", "train.precision", "fp32"]),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, ["torch_autocast", "fp16", "train.precision"]),
+        ({"torch_autocast": {"enabled": "yes"}}, ["torch_autocast", "'yes'", "float16"]),
+        ({"torch_autocast": True}, ["torch_autocast", "True", "float16"]),
+        ({"fp16": {"enabled": True}}, ["fp16", "torch_autocast", "float16", "train.precision=fp16"]),
         ({"train_batch_size": 16}, ["train_batch_size", "train.batch_size", "16", "8"]),
         ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps", "train.accumulate"]),
         ({"gradient_clipping": 1.0}, ["gradient_clipping", "optim.clip"]),

@@ -63,7 +63,7 @@ def brute_force(head, z, c, seeds, present):
     weights = head.predictor.project.weight.view(head.steps, z.shape[-1], c.shape[-1])
     flat = z.flatten(0, 2)
     losses, metrics, log_ns = torch.zeros(B), {}, []
-    steps_of = Counter()
+    steps_of, guesses = Counter(), {}
     for i in range(head.steps):
         k, bounds, accuracies, limits = i + head.skip + 1, [], [], []
         for b in range(B):
@@ -86,11 +86,13 @@ def brute_force(head, z, c, seeds, present):
             bounds.append(math.log(n) - float(torch.stack(parts).mean()))
             accuracies.append(sum(hits) / len(hits))
             limits.append(math.log(n))
+            guesses[b] = math.log(n)
         metrics[f"bound_{k}"] = sum(bounds) / max(1, len(bounds))
         metrics[f"accuracy_{k}"] = sum(accuracies) / max(1, len(bounds))
         log_ns.append(sum(limits) / max(1, len(bounds)))
     metrics["bound"] = sum(metrics[f"bound_{i + head.skip + 1}"] for i in range(head.steps)) / head.steps
     metrics["log_n"] = sum(log_ns) / head.steps
+    metrics["trivial"] = sum(guesses.values()) / len(guesses)
     return sum(losses[b] / steps_of[b] for b in steps_of) / len(steps_of), metrics
 
 

@@ -148,6 +148,8 @@ def test_it_is_transformers_clip_forwards_and_backwards(theirs, ours):
     best = torch.eye(BATCH)[out.logits_per_image.argmax(1)].diagonal().mean()
     assert found.pop("metrics/accuracy_image_to_text") == pytest.approx(best)
     assert found.pop("metrics/scale") == pytest.approx(1 / 0.07, rel=1e-4)
+    assert found.pop("metrics/scale_most") == MAX_SCALE
+    assert found.pop("metrics/trivial") == pytest.approx(math.log(BATCH))
     bias = found.pop("towers.image._tokenizer.proj.bias")
     torch.testing.assert_close(bias, found["towers.image._tokenizer.positions.table"].sum(0), atol=1e-5, rtol=1e-4)
     expected = translate({name: p.grad for name, p in theirs.named_parameters()})
@@ -383,7 +385,7 @@ def test_two_ranks_have_the_loss_and_gradients_of_one_process(two_ranks):
 @pytest.mark.parametrize("name", TRAINED)
 def test_deepspeed_on_two_ranks_trains_as_one_process(two_ranks, name):
     objective, optimizer = objective_and_optimizer(TRAINED[name][-1])
-    engine = TorchEngine(objective, optimizer, torch.device("cpu"), bf16=False, clip=None, ema=None)
+    engine = TorchEngine(objective, optimizer, torch.device("cpu"), clip=None, ema=None)
     expected = series(engine, TRAINED[name][-1])
     assert max(expected) - min(expected) > 0.01
     torch.testing.assert_close(two_ranks[0][f"series/{name}"], torch.tensor(expected), atol=1e-5, rtol=0)

@@ -1,11 +1,7 @@
 """Fine-tuning as whole runs: what is trained, seeds, protocols, several labels per file, ranks, mistakes."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +16,11 @@ import tasks.finetune as module
 from mmssl import checkpoint
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError
+from mmssl.launch import run
 from mmssl.run import Run
 from modalities.classifier import Classifier
 from modalities.encoder import MODALITIES, Encoder, EncoderConfig, typed
+from tasks.cli import main
 from tasks.finetune import finetune, finetune_seeds
 
 ROOT = Path(__file__).parents[2]
@@ -204,7 +202,6 @@ def test_a_mistake_is_one_sentence_before_anything_is_made(encoder, halves, tmp_
 
 
 def test_the_command_takes_seeds_and_a_validation_split(encoder, photos, tmp_path, capfd):
-    from tasks.cli import main
 
     encoder.save(tmp_path / "encoder")
     rows = ["path,label,split"]
@@ -234,34 +231,14 @@ def test_the_command_takes_seeds_and_a_validation_split(encoder, photos, tmp_pat
         assert not (tmp_path / "x").exists()
 
 
-def start_rank(rank, port, folder, words):
-    """Start a rank as the launcher does."""
-    facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    own = {"MASTER_ADDR": "127.0.0.1", "TORCH_EXTENSIONS_DIR": str(folder / "ext"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "tasks" / "finetune.py", f"--local_rank={rank}", *words]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, **own, **{name: str(value) for name, value in facts.items()}},
-    )  # fmt: skip
-
-
 @pytest.mark.distributed
 def test_two_ranks_equal_one_process(encoder, photos, halves, tmp_path):
     encoder.save(tmp_path / "encoder")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     overrides = {**MEASURED, "train.steps": 4, "objective.mix.mixup": 0.8, "objective.train_blocks": 1}
-    words = [tmp_path / "encoder", "--train", photos / "train", "--test", photos / "test", "--out", tmp_path / "two",
-             "--validation", "20%", "--deepspeed_config", "zero1"]  # fmt: skip
+    words = ["finetune", tmp_path / "encoder", "--train", photos / "train", "--test", photos / "test", "--out",
+             tmp_path / "two", "--validation", "20%", "--deepspeed_config", "zero1"]  # fmt: skip
     words += [f"{key}={value}" for key, value in overrides.items()]
-    ranks = [start_rank(rank, port, tmp_path, words) for rank in range(2)]
-    try:
-        said = [rank.communicate(timeout=250)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)[-4000:]
+    assert run(main, [[str(word) for word in words]]) == [0, 0]
     one = finetune(encoder, *halves, tmp_path / "one", validation="20%", overrides=overrides)
     two = json.loads((tmp_path / "two" / "finetune.json").read_text())
     losses = [[line["loss"] for line in Run(tmp_path / name).metrics()] for name in ("one", "two")]

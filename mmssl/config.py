@@ -141,6 +141,13 @@ class DataConfig(Piece):
     log_samples: bool = False
     """Write into samples.jsonl which samples each step was taken on: proof that none is skipped or repeated."""
 
+    @field_validator("window", mode="before")
+    @classmethod
+    def _window(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "auto" and not value.isdecimal():
+            raise ValueError(f"takes auto, null or a number of shards or row groups, but got {value!r}")
+        return value
+
 
 class OptimConfig(Piece):
     """The optimiser, a warm-up and a cosine; by default AdamW (MAE, arXiv:2111.06377, table 8)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mmssl.contracts import Media
 from mmssl.data import fragment, inline, paths
+from mmssl.data.cells import something
 from mmssl.data.parts import container
 from mmssl.data.tables import MANIFESTS, SHARD, Columns, Table, table_at
 from mmssl.errors import UserError, nearest, sibling
@@ -188,7 +189,7 @@ def _list_table(root: Path | str, table: Table, kind: Media) -> Listing:
         if path is None:
             raise UserError(f"{where}: row {row} has an empty {column}")
         files.append(path)
-    others = {name: values for name, values in columns.items() if name != column}
+    others = {name: [*map(something, values)] for name, values in columns.items() if name != column}
     return Listing(root, files, others, rows=range(1, len(files) + 1))
 
 

@@ -4,6 +4,7 @@ Paths stay strings here, and folders are read with ``os.scandir``: a million fil
 """
 
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -151,7 +152,10 @@ def list_files(path: str | Path, kind: Media, split: str | None = None, default_
 def check_there(root: Path | str, file: str) -> None:
     """Raise UserError where there is no file or folder for what a person gave."""
     if not paths.exists(file):
-        raise UserError(f"{root} does not exist{sibling(root) if isinstance(root, Path) else ''}")
+        hint = sibling(root) if isinstance(root, Path) else ""
+        if "*" in file or ".." in posixpath.basename(file):
+            hint = "; patterns are not expanded: give the folder that holds the shards"
+        raise UserError(f"{root} does not exist{hint}")
 
 
 def _list_folder(root: Path | str, kind: Media) -> Listing:

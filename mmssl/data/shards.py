@@ -18,7 +18,7 @@ def checksum(file: Path) -> str:
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """Return what is known of the shards in a folder, None where nothing is; raises UserError for what is else there."""
+    """Return what is known of the shards in a folder, None where nothing is; raises UserError for other files."""
     file = folder / FACTS
     try:
         facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

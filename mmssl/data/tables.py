@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -31,6 +30,7 @@ UNFINISHED = "packing.json"
 
 _SPLIT = re.compile(r"(?:.*/)?([^/]+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?|(?:.*/)?([^/]+)/\d{4,}")
 """How ``datasets`` and the Hub name their files, without the suffix: ``train-00000-of-00002``, ``train/0000``."""
+_COMPRESSED = re.compile(r".*\.(tar\.\w+|tgz)", re.DOTALL | re.IGNORECASE)
 _ABOUT = ("readme", "license")
 """Names of files that tell of the data, and are none."""
 _NO_CLASS = -1
@@ -55,6 +55,8 @@ def table_at(path: str, kinds: Sequence[Media]) -> Table | None:
     if not paths.is_folder(path):
         if paths.suffix(path) in MANIFESTS:
             return Table(path, read_manifest(path), os.path.dirname(paths.absolute(path)))  # noqa: PTH120
+        if _COMPRESSED.fullmatch(path):
+            raise UserError(f"{path} is compressed, so that nothing in it has a place; give the plain {SHARD}")
         return _sharded(path, [path], kinds) if paths.suffix(path) == SHARD else None
     if paths.exists(paths.join(path, UNFINISHED)):
         raise UserError(f"{path} is not packed to its end; run the same 'data pack' again")

@@ -137,17 +137,23 @@ class DataConfig(Piece):
     window: Annotated[int, Field(gt=0)] | Literal["auto"] | None = "auto"
     """The order of an epoch: null shuffles all files. A number takes so many blocks (tar shards, row groups of parquet)
     at a time, in random order, and shuffles their files: for what is slow to read here and there. auto: as many row
-    groups as a data worker keeps in memory, and null where nothing is read in row groups."""
+    groups as a worker keeps in memory, else null."""
     log_samples: bool = False
     """Write into samples.jsonl which samples each step was taken on: proof that none is skipped or repeated."""
+
+    @field_validator("window", mode="before")
+    @classmethod
+    def _window(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "auto" and not value.isdecimal():
+            raise ValueError(f"takes auto, null or a number of shards or row groups, but got {value!r}")
+        return value
 
 
 class OptimConfig(Piece):
     """The optimiser, a warm-up and a cosine; by default AdamW (MAE, arXiv:2111.06377, table 8)."""
 
     name: Literal["adamw", "sgd", "lars"] = "adamw"
-    """sgd: with momentum. lars: a rate per layer besides (arXiv:1708.03888), for linear probes with large batches.
-    DeepSpeed has adamw alone."""
+    """sgd: with momentum. lars: a rate per layer besides (arXiv:1708.03888), for probes. DeepSpeed has adamw alone."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate. If not given, ``base_lr`` x batch size / 256."""
     base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
@@ -207,9 +213,8 @@ class TrainConfig(Piece):
     """Micro-steps per optimiser step: less memory, the same result."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Parameters are fp32 always; bf16 and fp16 autocast the products, fp16 with a scale on the loss, for GPUs without
-    bf16. auto: what the DeepSpeed configuration says, else bf16 on GPUs that have it and for wide models on CPUs with
-    AMX, else fp32."""
+    """Parameters are fp32 always; bf16 and fp16 autocast the products, fp16 with a scale on the loss. auto: what the
+    DeepSpeed configuration says, else bf16 on GPUs that have it and for wide models on CPUs with AMX, else fp32."""
     compile: bool = False
     """Compile the objective with ``torch.compile``."""
     engine: Literal["auto", "torch", "deepspeed"] = "auto"

@@ -255,12 +255,17 @@ class Sharding:
     def of(cls, config: Mapping[str, Any], ranks: int) -> Self:
         """Read a DeepSpeed configuration; what it leaves out has DeepSpeed's defaults."""
         zero = config.get("zero_optimization", {})
+
+        def elements(key: str, default: int) -> int:
+            value = zero.get(key)
+            return default if value in (None, "auto") else int(value)
+
         return cls(
             stage=zero.get("stage", 0),
             ranks=ranks,
             offload=(zero.get("offload_optimizer") or {}).get("device") == "cpu",
-            bucket=int(zero.get("reduce_bucket_size", cls.bucket)),
-            prefetch=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch)),
+            bucket=elements("reduce_bucket_size", cls.bucket),
+            prefetch=elements("stage3_prefetch_bucket_size", cls.prefetch),
         )
 
 

@@ -56,6 +56,12 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def lost(error: BaseException) -> bool:
+    """Whether an error means that a collective could not reach another rank."""
+    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
 def all_reduce(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over the ranks, differentiably. A collective, and so is its backward pass.
 

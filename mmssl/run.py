@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Self, TextIO
 
 from mmssl.config import dump_yaml
 from mmssl.errors import UserError
@@ -66,9 +66,13 @@ class Run:
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self.__exit__()
             raise UserError(f"{self.path}: another process is writing this run; wait for it or stop it") from None
 
-    def release(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         """Let other processes in again."""
         if self._held is not None:
             HELD.discard(self._held)
@@ -81,6 +85,12 @@ class Run:
     def status(self, state: State, step: int, steps: int, **more: Any) -> None:
         """Write ``status.json``."""
         write_json(self.path / "status.json", {"state": state, "step": step, "steps": steps, **more})
+
+    @property
+    def steps(self) -> int | None:
+        """The steps that the whole run takes, as ``status.json`` says; None where there is none."""
+        file = self.path / "status.json"
+        return json.loads(file.read_text(encoding="utf-8"))["steps"] if file.is_file() else None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``; a last line that was cut off by a kill is left out."""

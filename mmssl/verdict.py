@@ -69,7 +69,9 @@ Line = Mapping[str, float]
 class History:
     """What is remembered of a run's lines of metrics: some at its beginning and some at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int | None = None) -> None:
+        """``steps`` are those of the whole run, where that is known."""
+        self.steps = steps
         self.first: list[Line] = []
         self.recent: deque[Line] = deque(maxlen=KEPT)
         self.settled_at: float | None = None
@@ -97,6 +99,17 @@ class History:
         return self.settled_at is not None and self.recent[-1]["step"] - self.settled_at >= SETTLED
 
     @property
+    def ended(self) -> bool:
+        """Whether the last step of the run was taken."""
+        return self.steps is not None and bool(self.recent) and self.recent[-1]["step"] >= self.steps
+
+    @property
+    def guessing(self) -> bool:
+        """Whether the loss is still no better than that of guessing."""
+        loss, trivial = self.last("loss"), self.last("trivial")
+        return bool(trivial) and fmean(trivial) > 0 and fmean(loss) >= (1 - NOTHING) * fmean(trivial)
+
+    @property
     def names(self) -> list[str]:
         """The metrics of the last line."""
         return list(self.recent[-1]) if self.recent else []
@@ -107,12 +120,14 @@ def verdict(history: History) -> Verdict:
     if len(history.recent) < FEW:
         return Verdict("unknown", f"{len(history.recent)} lines of metrics are too few to tell")
     findings = tuple(finding for rule in RULES for finding in rule(history))
+    if not findings and (history.guessing or not history.settled):
+        return Verdict("unknown", f"too early to tell: {grounds(history)}")
     return Verdict("doubtful" if findings else "healthy", grounds(history), findings)
 
 
-def judge(lines: Iterable[Line]) -> Verdict:
-    """Judge a run by all its lines."""
-    history = History()
+def judge(lines: Iterable[Line], steps: int | None = None) -> Verdict:
+    """Judge a run by all its lines; ``steps`` are those of the whole run, where that is known."""
+    history = History(steps)
     for line in lines:
         history.add(line)
     return verdict(history)
@@ -122,9 +137,11 @@ def grounds(history: History) -> str:
     """Return what speaks for a run."""
     loss, trivial = history.last("loss"), history.last("trivial")
     if trivial and fmean(trivial) > 0:
-        share = 1 - fmean(loss) / fmean(trivial)
-        where = f"{100 * abs(share):.0f} % {'below' if share >= 0 else 'above'}"
-        words = [f"the loss is {where} that of guessing ({fmean(loss):.3g} of {fmean(trivial):.3g})"]
+        share, of_guessing = 1 - fmean(loss) / fmean(trivial), f"{fmean(trivial):.3g} of guessing without a look at the"
+        where = f"{100 * share:.0f} % below" if share >= NOTHING else "above" if share < 0 else "about"
+        words = [f"the loss is {fmean(loss):.3g}, {where} the {of_guessing} input"]
+        if share < NOTHING and fmean(loss) < (1 - NOTHING) * history.first[0]["loss"]:
+            words = [f"{words[0]}, and falls"]
     else:
         words = [f"the loss went from {history.first[0]['loss']:.3g} to {fmean(loss):.3g}"]
     for name in history.names:
@@ -161,7 +178,12 @@ def _guessing(history: History) -> Iterator[Finding]:
     if trivial and min(trivial) > 0:
         shares = [one / guess for one, guess in zip(loss, trivial, strict=True)]
         falls = fmean(shares[-FEW:]) < (1 - NOTHING) * fmean(shares[:FEW])
-        if fmean(shares[-FEW:]) >= 1 - NOTHING and not falls:
+        if history.guessing and falls and history.ended:
+            yield Finding(
+                "trivial", f"the loss, {fmean(loss[-FEW:]):.4g}, ends no better than guessing without a look at the "
+                f"input ({fmean(trivial[-FEW:]):.4g}), but falls", "train longer, or raise optim.lr",
+            )  # fmt: skip
+        elif history.guessing and not falls:
             yield Finding(
                 "trivial", f"the loss, {fmean(loss[-FEW:]):.4g}, is no better than guessing without a look at the "
                 f"input ({fmean(trivial[-FEW:]):.4g}), as if it were explained by the mean",

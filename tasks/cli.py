@@ -129,7 +129,9 @@ app.command()(scale.drill)
 @data_app.command()
 def check(
     path: Annotated[Path, typer.Argument(help="A folder or a manifest.")],
-    modality: Annotated[str, typer.Option(help="Which media to look for.")] = "image",
+    modality: Annotated[
+        str | None, typer.Option(help="Which media to look for; the first in shards, else image by default.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Write the broken files to this JSON-lines file.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one file, decoded as a whole.")] = 600.0,
@@ -152,8 +154,8 @@ def pack(
     ],
     modality: Annotated[str | None, typer.Option(help="Which media to pack; image by default.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Pack the media that this recipe takes: pairs too.")] = None,
-    per_shard: Annotated[int, typer.Option(help="At most so many samples in a shard.")] = 1000,
-    max_shard_mb: Annotated[int, typer.Option(help="At most so many megabytes in a shard.")] = 512,
+    per_shard: Annotated[int, typer.Option(min=1, help="At most so many samples in a shard.")] = 1000,
+    max_shard_mb: Annotated[int, typer.Option(min=1, help="At most so many megabytes in a shard.")] = 512,
     workers: Annotated[int | None, typer.Option(min=1, help="Files at a time; one per core by default.")] = None,
     as_json: Json = False,
 ) -> None:

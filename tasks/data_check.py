@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mmssl.data import paths
 from mmssl.data.ledger import Ledger
 from mmssl.data.listing import list_files
 from mmssl.data.shards import read_facts, verify
@@ -86,7 +87,7 @@ class CheckResult:
 
 def check(
     path: str | Path,
-    modality: str,
+    modality: str | None = None,
     workers: int | None = None,
     ledger_out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -94,11 +95,16 @@ def check(
 ) -> CheckResult:
     """Decode every file of ``modality`` under ``path`` and return what is broken.
 
+    Without a modality it is the first of those that ``data pack`` has put into the shards there, else image.
     ``workers`` processes decode, one per core if None. ``ledger_out`` is written anew, a JSON line per broken file.
     ``progress`` is called with (files done, files in all). A file that takes longer than ``timeout`` seconds, all of
     it decoded, counts as broken. Shards of ``data pack`` are compared with their checksums besides. Raises UserError
     for a path that holds no such file.
     """
+    place = paths.given(path)
+    folder = place.parent if isinstance(place, Path) and place.is_file() else Path(place)
+    facts = read_facts(folder)
+    modality = modality or (facts or {}).get("modalities", ["image"])[0]
     if modality not in MODALITIES:
         raise UserError(f"'{modality}' is not a modality{nearest(modality, MODALITIES)}")
     listing = list_files(path, MODALITIES[modality])
@@ -118,13 +124,12 @@ def check(
             ledger.add(**broken[-1])
         if progress is not None:
             progress(i + 1, len(listing))
-    facts = read_facts(Path(path))
-    shards = [] if facts is None else list(verify(Path(path), facts))
+    shards = [] if facts is None else list(verify(folder, facts))
     damaged = [{"path": name, "reason": reason} for name, reason in shards if reason is not None]
     for entry in damaged:
         ledger.add(**entry)
     summary = _summary(extents)
-    return CheckResult(str(path), modality, extents.total(), broken, listing.ignored, summary, len(shards), damaged)
+    return CheckResult(str(place), modality, extents.total(), broken, listing.ignored, summary, len(shards), damaged)
 
 
 def _summary(extents: Counter[tuple[float, ...]]) -> dict[str, list[float]]:

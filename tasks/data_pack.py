@@ -1,17 +1,22 @@
 """``mmssl data pack``: files into WebDataset tar shards, and a manifest that finds each of them by its place.
 
-Beside ``shard-000000.tar`` ... there are ``manifest.parquet``, in which all rows and columns of the source are as they
-were but for the paths, and ``shards.json`` with a checksum per shard. In a shard, a sample is what WebDataset takes for
+Beside ``shard-000000.tar`` ... there are ``manifest.parquet``, in which all rows of the source are and all its columns
+of plain values, as texts, those of the paths made anew, and
+``shards.json`` with a checksum per shard. In a shard, a sample is what WebDataset takes for
 one: members of one name. Besides the media there may be ``.txt`` (its captions, a line each), ``.cls`` (the index of
 its label among the sorted ones) and ``.json`` (the columns of its row; of several rows, a list under ``rows``).
 """
 
+import fcntl
 import io
 import json
+import os
+import signal
 import tarfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
@@ -26,10 +31,10 @@ from rich.table import Table
 from mmssl.data import paths
 from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.ledger import Ledger
-from mmssl.data.shards import FACTS, checksum, fault, read_facts
+from mmssl.data.shards import FACTS, checksum, fault, read_facts, right
 from mmssl.data.tables import UNFINISHED
 from mmssl.data.tars import TarMember, scan
-from mmssl.errors import UserError
+from mmssl.errors import Stopped, UserError
 from mmssl.files import replacing_file, to_json, write_json
 from modalities.encoder import MODALITIES
 from tasks.pack_plan import PackSample, Plan, make_plan
@@ -115,18 +120,81 @@ def pack(
     None) and in at most ``timeout`` seconds; those that are broken or gone are listed in ``out``/ledger.jsonl. A run
     that was cut off is gone on with: finished shards whose checksums are right stay. The same source gives the same
     bytes. Raises UserError where there is nothing to pack, and for a folder ``out`` that holds something else, lies in
-    the source or was begun with another one; OSError for a full disk.
+    the source, is being packed or was begun with another one; Stopped for SIGINT and SIGTERM; OSError for a full disk.
     """
     if min(per_shard, max_shard_mb) < 1:
         raise UserError(f"a shard of {per_shard} samples and {max_shard_mb} MB is none: give 1 or more")
-    if paths.url(out) is not None:
-        raise UserError(f"{paths.given(out)}: shards are written on this machine; copy the folder there afterwards")
+    where = paths.given(out)
+    if not isinstance(where, Path):
+        raise UserError(f"{where}: shards are written on this machine; copy the folder there afterwards")
     started = time.monotonic()
-    destination = Path(out).absolute()
+    destination = where.absolute()
+    _check_outside(path, destination)
     plan = make_plan(path, modality, recipe, per_shard, max_shard_mb)
     settings = {"per_shard": per_shard, "max_shard_mb": max_shard_mb, "modalities": list(plan.media)}
     facts = {"version": VERSION, **settings, "sources": [plan.source(shard) for shard in plan.shards]}
-    finished = _prepare(path, destination, facts, plan)
+    with _held(destination):
+        finished = _prepare(path, destination, facts, plan)
+        kept = len(finished)
+        with _stopping(finished):
+            _write(plan, destination, finished, workers, timeout)
+        shards = [finished[i] for i in range(len(plan.shards))]
+        rows = _finish(plan, destination, facts, shards)
+    return PackResult(
+        path=str(paths.given(path)),
+        out=str(where),
+        modalities=list(plan.media),
+        samples=sum(shard["samples"] for shard in shards),
+        rows=rows,
+        shards=len(shards),
+        kept=kept,
+        broken=_broken(destination / LEDGER),
+        ignored=plan.listing.ignored,
+        bytes=sum(shard["bytes"] for shard in shards),
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other processes from packing into it; raises UserError where one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder} is being packed by another process; wait for it or stop it") from None
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _stopping(finished: Mapping[int, Any]) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into Stopped, which says what is there."""
+
+    def stop(signum: int, _frame: Any) -> None:
+        # Not an Exception: what reads files takes those for broken files.
+        raise KeyboardInterrupt(signum)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        signum = int(error.args[0]) if error.args else signal.SIGINT
+        words = f"stopped after {len(finished)} shards; run the same command again to go on"
+        raise Stopped(words, signum) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write(
+    plan: Plan, destination: Path, finished: dict[int, dict[str, Any]], workers: int | None, timeout: float
+) -> None:
+    """Write the shards that are not ``finished``, and note each there and in the folder."""
     packer = _Packer(plan, destination, Ledger(destination / LEDGER))
     todo = [i for i in range(len(plan.shards)) if i not in finished]
     for i, shard in packer.write(todo, workers, timeout):
@@ -135,24 +203,20 @@ def pack(
             lines.write(_line(i, shard))
         count = sum(one["samples"] for one in finished.values())
         say(f"{len(finished)} of {len(plan.shards)} shards, {count:,} samples")
-    shards = [finished[i] for i in range(len(plan.shards))]
-    rows = _write_manifest(plan, destination)
-    write_json(destination / FACTS, {**facts, "classes": plan.classes, "shards": shards})
+
+
+def _finish(plan: Plan, destination: Path, facts: Mapping[str, Any], shards: Sequence[dict[str, Any]]) -> int:
+    """Write what says that all is there, and return the rows of the manifest; of nothing, leave the ledger alone."""
+    rows = 0
+    if any(shard["samples"] for shard in shards):
+        rows = _write_manifest(plan, destination)
+        write_json(destination / FACTS, {**facts, "classes": plan.classes, "shards": shards})
+    else:
+        for shard in shards:
+            (destination / shard["file"]).unlink()
     for name in (UNFINISHED, DONE):
         (destination / name).unlink(missing_ok=True)
-    return PackResult(
-        path=str(paths.given(path)),
-        out=str(out),
-        modalities=list(plan.media),
-        samples=sum(shard["samples"] for shard in shards),
-        rows=rows,
-        shards=len(shards),
-        kept=len(shards) - len(todo),
-        broken=_broken(destination / LEDGER),
-        ignored=plan.listing.ignored,
-        bytes=sum(shard["bytes"] for shard in shards),
-        seconds=time.monotonic() - started,
-    )
+    return rows
 
 
 def _name(shard: int) -> str:
@@ -167,13 +231,22 @@ def _broken(ledger: Path) -> list[dict[str, str]]:
 # What is there already
 
 
-def _prepare(source: str | Path, destination: Path, facts: Mapping[str, Any], plan: Plan) -> dict[int, dict[str, Any]]:
-    """Make the folder, or see what an earlier run has finished in it; return the shards that are right by number."""
-    real, root = destination.resolve(), str(paths.given(source))
-    if paths.url(root) is None and paths.is_folder(root) and real.is_relative_to(Path(root).resolve()):
+def _check_outside(source: str | Path, destination: Path) -> None:
+    root = paths.given(source)
+    if isinstance(root, Path) and root.is_dir() and destination.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{destination} is, or lies in, the folder that is read; give another one for the shards")
+
+
+def _prepare(source: str | Path, destination: Path, facts: Mapping[str, Any], plan: Plan) -> dict[int, dict[str, Any]]:
+    """See what an earlier run has finished in a folder, and return the shards that are right by number.
+
+    The folder counts as unfinished from here on if any is to be written.
+    """
     finished: dict[int, dict[str, Any]] = {}
-    if destination.exists() and any(destination.iterdir()):
+    there = {file.name for file in destination.iterdir()}
+    if there == {LEDGER}:  # of a source of which nothing could be packed
+        (destination / LEDGER).unlink()
+    elif there:
         before, finished = _begun(destination)
         _check_same(source, destination, before, facts, plan)
         shards = {i: (destination / _name(i), shard) for i, shard in finished.items()}
@@ -183,7 +256,8 @@ def _prepare(source: str | Path, destination: Path, facts: Mapping[str, Any], pl
         finished = {i: shard for i, shard in finished.items() if i not in wrong}
         for left in destination.glob(".*.tmp"):  # of a run that was killed
             left.unlink()
-    destination.mkdir(parents=True, exist_ok=True)
+    if len(finished) == len(plan.shards) and FACTS in there:
+        return finished
     write_json(destination / UNFINISHED, facts)
     with replacing_file(destination / DONE) as aside:
         aside.write_text("".join(starmap(_line, finished.items())), encoding="utf-8")
@@ -200,17 +274,25 @@ def _begun(destination: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]
     finished = dict(enumerate(facts["shards"])) if facts is not None else {}
     unfinished = destination / UNFINISHED
     if unfinished.exists():
-        facts = json.loads(unfinished.read_text(encoding="utf-8"))
+        facts = _json(unfinished.read_text(encoding="utf-8", errors="replace"))
+        if not isinstance(facts, dict) or not isinstance(facts.get("sources"), list):
+            raise UserError(f"{unfinished} is not what 'data pack' writes; give another folder")
     if facts is None:
         raise UserError(f"{destination} holds other things; give a folder that is new or empty")
     done = destination / DONE
-    for line in done.read_text(encoding="utf-8").splitlines() if done.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
+    for line in done.read_text(encoding="utf-8", errors="replace").splitlines() if done.exists() else ():
+        entry = _json(line)
+        if not right(entry) or entry.get("shard") not in range(len(facts["sources"])):
             break  # half written when the run was killed
         finished[entry.pop("shard")] = entry
     return facts, finished
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _check_same(

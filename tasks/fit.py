@@ -84,34 +84,41 @@ def fit(
     if validator is not None:
         validator.check(me, council)
     council.lead(me, lambda: occupy(run, recipe, resume))
-    engine = build_engine(recipe, objective, device, ds)
-    if validator is not None:
-        validator.attach(engine, me, council, say)
-    writer = Writer(run, recipe, listing, engine, me, council, validator, targets)
-    watch = Watch(me, council, recipe.train.hang_minutes, writer.fail)
-    with watch.watching():
-        start = writer.resume() if resume else 0
-        if not start:
-            writer.remark(remarks)
-        try:
-            if start < writer.steps and not (validator is not None and validator.enough):
-                batches = make_batches(recipe, listing, objective, targets, me, start, device)
-                schedule = make_schedule(recipe, len(listing))
-                limits = make_limits(recipe, len(listing), pace_of(recipe, me))
-                train(engine, batches, schedule, limits, watch.hooks(writer.hooks(), start), me, council, start)
-                if validator is not None and validator.enough:
-                    say(f"stopped early: train.patience {recipe.train.patience} is used up; the best weights are kept")
-        except Stopped as stopped:
-            writer.status("stopped", reason=str(stopped))
-            raise
-        except (MmsslError, OSError, KeyboardInterrupt) as error:
-            writer.status("failed", reason=str(error) or type(error).__name__)
-            raise
-        finally:
-            engine.close()
-            run.release()
-        writer.status("done", seconds=round(time.monotonic() - writer.began, 1))
-        council.gather(None)  # whoever reads the run folder next, on any rank, finds it complete
+    with run:
+        engine = build_engine(recipe, objective, device, ds)
+        if validator is not None:
+            validator.attach(engine, me, council, say)
+        writer = Writer(run, recipe, listing, engine, me, council, validator, targets)
+        watch = Watch(me, council, recipe.train.hang_minutes, writer.fail)
+        with watch.watching():
+            start = writer.resume() if resume else 0
+            if not start:
+                writer.remark(remarks)
+            carry_out(writer, watch, targets, start)
+
+
+def carry_out(writer: Writer, watch: Watch, targets: np.ndarray[Any, Any] | None, start: int) -> None:
+    """Train from step ``start`` on, and write into ``status.json`` how it ended. A collective."""
+    recipe, listing, engine, validator = writer.recipe, writer.listing, writer.engine, writer.validator
+    me, council, files = writer.me, writer.council, len(writer.listing)
+    try:
+        if start < writer.steps and not (validator is not None and validator.enough):
+            batches = make_batches(recipe, listing, engine.objective, targets, me, start, engine.device)
+            limits = make_limits(recipe, files, pace_of(recipe, me))
+            hooks = watch.hooks(writer.hooks(), start)
+            train(engine, batches, make_schedule(recipe, files), limits, hooks, me, council, start)
+            if validator is not None and validator.enough:
+                say(f"stopped early: train.patience {recipe.train.patience} is used up; the best weights are kept")
+    except Stopped as stopped:
+        writer.status("stopped", reason=str(stopped))
+        raise
+    except (MmsslError, OSError, KeyboardInterrupt) as error:
+        writer.status("failed", reason=str(error) or type(error).__name__)
+        raise
+    finally:
+        engine.close()
+    writer.status("done", seconds=round(time.monotonic() - writer.began, 1))
+    council.gather(None)  # whoever reads the run folder next, on any rank, finds it complete
 
 
 def occupy(run: Run, recipe: Recipe, resume: bool) -> None:
@@ -211,7 +218,10 @@ def check_batch(recipe: Recipe, me: World) -> None:
     """Raise UserError where the batch does not divide into the ranks' micro-batches, or they cannot be mixed."""
     batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
     if batch % (me.size * accumulate):
-        raise UserError(f"train.batch_size {batch} does not divide by {me.size} ranks x train.accumulate {accumulate}")
+        raise UserError(
+            f"train.batch_size {batch} does not divide by {me.size} ranks x train.accumulate {accumulate}, but "
+            f"{dividing(batch, me.size * accumulate * recipe.objective.micro_batch_multiple)}"
+        )
     if recipe.objective.several and batch == accumulate:
         raise UserError(
             f"train.batch_size {batch} with train.accumulate {accumulate} compares one row at a time, which there is "
@@ -227,6 +237,12 @@ def check_batch(recipe: Recipe, me: World) -> None:
             f"train.batch_size {batch} makes micro-batches of {micro} samples, but objective.mix needs a multiple of "
             f"{multiple}: samples are mixed in pairs"
         )
+
+
+def dividing(batch: int, least: int) -> str:
+    """Return the nearest batches that are multiples of ``least``, in words: "96 and 104 do"."""
+    below, above = batch // least * least, (batch // least + 1) * least
+    return f"{below} and {above} do" if below else f"{above} does"
 
 
 def check_locked(recipe: Recipe) -> None:

@@ -33,7 +33,7 @@ class Monitor:
         self.run, self.recipe, self.objective, self.me, self.say = run, recipe, objective, me, say
         self.steps, self.start = steps, 0
         self.features = Features(objective, me, council, self._due)
-        self.history, self.told = History(), set[str]()
+        self.history, self.told = History(steps), set[str]()
         self.board: Board | None = None
 
     def _due(self, done: int) -> bool:

@@ -8,20 +8,23 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mmssl.contracts import Media
 from mmssl.data import inline, paths
+from mmssl.data.cells import Cell
 from mmssl.data.fragment import file_of
 from mmssl.data.listing import Columns, Listing, list_files
 from mmssl.data.pairs import list_pairs
-from mmssl.data.parts import part, stamp
-from mmssl.data.tables import table_at
+from mmssl.data.parts import container, part, stamp
+from mmssl.data.tables import left_out, table_at
 from mmssl.errors import UserError, nearest
 from modalities.encoder import MODALITIES
 from tasks.build import load_recipe
+from tasks.writer import say
 
 MB = 1_000_000
 
@@ -96,15 +99,48 @@ class Plan(NamedTuple):
 def make_plan(source: str | Path, modality: str | None, recipe: str | None, per_shard: int, max_shard_mb: int) -> Plan:
     """Return what is to be packed and where; raises UserError where there is nothing to pack, or it cannot be."""
     kinds = _kinds(source, modality, recipe)
-    listing = list_files(source, kinds[0]) if len(kinds) == 1 else list_pairs(source, kinds, strict=False)
+    try:
+        listing = list_files(source, kinds[0]) if len(kinds) == 1 else list_pairs(source, kinds, strict=False)
+    except UserError as error:
+        raise UserError(f"{error}{_likely(source, kinds)}") from None
     found = listing.media or {kinds[0].name: list[str | None](listing.paths)}
     media = {name: files for name, files in found.items() if any(map(_file, files))}
     if not media:
         raise UserError(f"{source}: all its texts stand in the manifest itself, so there is no file to be packed")
     own = {"path", *(f"{name}_path" for name in media)} if listing.media else set()
     columns = {name: values for name, values in listing.columns.items() if name not in own} or _labels(listing)
+    _check(listing, media, columns)
     samples = list(_samples(listing, media))
     return Plan(listing, media, columns, list(_cut(samples, per_shard, max_shard_mb * MB)))
+
+
+def _likely(source: str | Path, kinds: Sequence[Media]) -> str:
+    """Return which modality a folder may have been meant to be of that has none of the first kind; else nothing."""
+    place = paths.absolute(source)
+    names = [name for _, names in paths.walk(place) for name in names] if paths.is_folder(place) else []
+    suffixes = Counter(map(paths.suffix, names))
+    counts = {name: sum(suffixes[one] for one in kind.suffixes) for name, kind in MODALITIES.items()}
+    most = max(counts, key=lambda name: counts[name])
+    return "" if counts[kinds[0].name] or not counts[most] else f"; if these are meant, say --modality {most}"
+
+
+def _check(listing: Listing, media: Mapping[str, Sequence[str | None]], columns: Columns) -> None:
+    """Raise UserError for what a manifest of shards cannot hold, and say what it does not."""
+    for name, values in columns.items():
+        if name.endswith("_path") and any(value is not None and Cell.parse(value) for value in values):
+            raise UserError(
+                f"{listing.root}: column '{name.removesuffix('_path')}' holds files of no modality of this pack, which "
+                "would be left behind; take it out of the table first"
+            )
+    named = {listing.called(file) for files in media.values() for file in files if file is not None}
+    for text in (*columns, *named, *(value for values in columns.values() for value in values if value is not None)):
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{text!r} is not UTF-8, which is all that a manifest of shards holds; rename it")
+    files = (Cell.parse(file) for files in media.values() for file in files if file is not None)
+    tables = dict.fromkeys(cell.table for cell in files if cell is not None)
+    lost = dict.fromkeys(name for table in tables for name in left_out(table))
+    if lost:
+        say(f"{listing.root}: not packed are the columns of lists, structs or bytes: {', '.join(lost)}")
 
 
 def _kinds(source: str | Path, modality: str | None, recipe: str | None) -> list[Media]:
@@ -145,12 +181,22 @@ def _samples(listing: Listing, media: Mapping[str, Sequence[str | None]]) -> Ite
         if any(files):
             rows.setdefault(files, []).append(i)
     taken: set[str] = set()
+    names = {file: listing.called(file) for some in rows for file in some if file is not None}
+    above = _common(names.values())
     for files, some in rows.items():
         found = {name: file for name, file in zip(media, files, strict=True) if file is not None}
         for file in found.values():
             if paths.is_folder(file):
                 raise UserError(f"{file} is a folder of frames, which a shard cannot hold: make a video file of it")
-        yield PackSample(_key(listing.called(next(iter(found.values()))), taken), some, found)
+        yield PackSample(_key(names[next(iter(found.values()))].removeprefix(above), taken), some, found)
+
+
+def _common(names: Iterable[str]) -> str:
+    """Return the folder that all files with absolute names are in: where it lies is nobody's business."""
+    folders = {posixpath.dirname(container(name)) for name in names if posixpath.isabs(name) or paths.url(name)}
+    if len({paths.url(folder) is None for folder in folders}) != 1:
+        return ""
+    return posixpath.join(str(paths.given(posixpath.commonpath(folders))), "")
 
 
 def _key(name: str, taken: set[str]) -> str:

@@ -7,6 +7,7 @@ bits: the twin. Its distance tells how far rounding alone may carry each tensor.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,8 +32,8 @@ NUDGE: dict[Precision, float] = {"fp32": 1e-7, "bf16": 2.0**-9, "fp16": 2.0**-12
 """By what share the twin's weights differ: about what a product is rounded by."""
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 """How far a loss may be off, whatever the twin does."""
-STATE_TOLERANCE = 1e-5
-"""How far a tensor may be off, whatever the twin does; a moment by this share of its greatest value."""
+STATE_TOLERANCE, MOMENT_TOLERANCE = 1e-5, 1e-4
+"""How far a tensor may be off, whatever the twin does, and a moment as a share of its greatest value."""
 MARGIN = 10.0
 """Times the twin's distance are not yet a difference: it is one draw of the rounding, and other orders are others."""
 REFERENCE = "reference.safetensors"
@@ -80,6 +81,14 @@ class Reference(NamedTuple):
     """The greatest difference of each tensor of the state."""
     scales: dict[str, float]
     """The greatest absolute value of each."""
+
+    def typical(self, kind: str) -> float:
+        """Return the twin's distance in most tensors of a kind (``param``, ``exp_avg`` ...), as a share of their scale.
+
+        In a tensor of one number it may be small by chance.
+        """
+        names = [name for name, scale in self.scales.items() if scale and name.startswith(f"{kind}/")]
+        return median(self.floors[name] / self.scales[name] for name in names) if names else 0.0
 
 
 class Difference(NamedTuple):
@@ -214,5 +223,5 @@ def allowed(name: str, one: Reference) -> float:
     hides from the weights: gradients that are all a number of times too large.
     """
     kind, scale = name.partition("/")[0], one.scales.get(name, 0.0)
-    least = STATE_TOLERANCE if kind in ("param", "ema", "buffer") else max(STATE_TOLERANCE * scale, 1e-30)
-    return max(least, MARGIN * one.floors.get(name, 0.0))
+    least = STATE_TOLERANCE if kind in ("param", "ema", "buffer") else max(MOMENT_TOLERANCE * scale, 1e-30)
+    return max(least, MARGIN * max(one.floors.get(name, 0.0), one.typical(kind) * scale))

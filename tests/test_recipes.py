@@ -95,7 +95,7 @@ def check_plan(name, **settings):
     planned = dry_run(load_recipe(name, {"train.precision": "bf16", **settings}), None).as_dict()
     assert planned["estimated_memory_gb"] > 12 * planned["parameters"] / 1e9
     totals = {row["deepspeed_config"]: row["memory_gb"] for row in planned["zero"]}
-    assert len(totals) == 5
+    assert len(totals) == 6
     assert totals["zero0"] < planned["estimated_memory_gb"]
     return totals
 

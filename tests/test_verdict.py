@@ -34,7 +34,7 @@ def test_a_run_that_is_well_is_called_healthy_and_why():
     found = judge(lines())
     assert found.word == "healthy"
     assert not found.findings
-    assert "50 % below that of guessing (0.5 of 1)" in str(found)
+    assert "the loss is 0.5, 50 % below the 1 of guessing without a look at the input" in str(found)
     assert "20.0 directions (deviation 0.50 of 1)" in str(found)
 
 
@@ -80,7 +80,24 @@ WELL = {
 
 @pytest.mark.parametrize("what", WELL)
 def test_no_false_alarm(what):
-    assert judge(WELL[what]).word == "healthy", judge(WELL[what])
+    assert not judge(WELL[what]).findings, judge(WELL[what])
+
+
+def test_a_loss_above_guessing_that_falls_is_too_early_to_tell_and_at_the_end_too_little():
+    falling = lines(loss=lambda i: 1.6 - 0.03 * i)
+    early = judge(falling, steps=1000)
+    assert early.word == "unknown"
+    assert str(early).startswith("unknown: too early to tell: the loss is 1.06, above the 1 of guessing without a look")
+    assert "and falls" in str(early)
+    ended = judge(falling, steps=200)
+    assert (ended.word, keys(ended)) == ("doubtful", {"trivial"})
+    assert "train longer" in str(ended)
+
+
+def test_a_warm_up_is_too_early_to_tell_whatever_the_loss():
+    found = judge(lines(loss=0.9, lr=lambda i: 1e-5 * i))
+    assert (found.word, found.findings) == ("unknown", ())
+    assert "10 % below" in str(found)
 
 
 def test_both_extremes_of_a_teacher_and_of_a_gradient_are_told():

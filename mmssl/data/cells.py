@@ -24,6 +24,8 @@ from mmssl.data.broken import BrokenFile
 
 CACHE_BYTES = 2**28
 """Bytes of row groups that a process keeps, of more than one: 268 MB."""
+NOTHING = "nothing/"
+"""What the names of cells begin with in which there is nothing; those of others have no slash."""
 TABLES = 64
 """Tables that a process keeps open."""
 
@@ -199,8 +201,16 @@ def features(schema: Any) -> dict[str, dict[str, Any]]:
         return {}
 
 
+def something(path: str | None) -> str | None:
+    """Return a path, but None for a cell that is known to hold nothing."""
+    if path is None or f"/{NOTHING}" not in path:
+        return path
+    cell = Cell.parse(path)
+    return None if cell is not None and cell.name.startswith(NOTHING) else path
+
+
 def paths_of(path: str, file: Any, column: str) -> list[str | None]:
-    """Return the paths of a column's cells, None where there is nothing in one; no file's bytes are read for it."""
+    """Return the paths of a column's cells; no file's bytes are read for it. See ``something`` for empty ones."""
     kind, groups = file.schema_arrow.field(column).type, range(file.metadata.num_row_groups)
     struct = pa.types.is_struct(kind)
     names: list[str | None] = [None] * file.metadata.num_rows
@@ -208,7 +218,7 @@ def paths_of(path: str, file: Any, column: str) -> list[str | None]:
         names = [name for group in groups for name in _read_leaf(file, group, column, "path").to_pylist()]
     there = [present for group in groups for present in _present(file, group, column, "bytes" if struct else None)]
     return [
-        str(Cell(path, row, column, Path(name or "").name or str(row))) if is_there else None
+        str(Cell(path, row, column, (Path(name or "").name or str(row)) if is_there else f"{NOTHING}{row}"))
         for row, (name, is_there) in enumerate(zip(names, there, strict=True))
     ]
 

@@ -4,6 +4,7 @@ Paths stay strings here, and folders are read with ``os.scandir``: a million fil
 """
 
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from mmssl.contracts import Media
 from mmssl.data import fragment, inline, paths
+from mmssl.data.cells import something
 from mmssl.data.parts import container
 from mmssl.data.tables import MANIFESTS, SHARD, Columns, Table, table_at
 from mmssl.errors import UserError, nearest, sibling
@@ -150,7 +152,10 @@ def list_files(path: str | Path, kind: Media, split: str | None = None, default_
 def check_there(root: Path | str, file: str) -> None:
     """Raise UserError where there is no file or folder for what a person gave."""
     if not paths.exists(file):
-        raise UserError(f"{root} does not exist{sibling(root) if isinstance(root, Path) else ''}")
+        hint = sibling(root) if isinstance(root, Path) else ""
+        if "*" in file or ".." in posixpath.basename(file):
+            hint = "; patterns are not expanded: give the folder that holds the shards"
+        raise UserError(f"{root} does not exist{hint}")
 
 
 def _list_folder(root: Path | str, kind: Media) -> Listing:
@@ -188,7 +193,7 @@ def _list_table(root: Path | str, table: Table, kind: Media) -> Listing:
         if path is None:
             raise UserError(f"{where}: row {row} has an empty {column}")
         files.append(path)
-    others = {name: values for name, values in columns.items() if name != column}
+    others = {name: [*map(something, values)] for name, values in columns.items() if name != column}
     return Listing(root, files, others, rows=range(1, len(files) + 1))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mmssl.contracts import Media
 from mmssl.data import paths
+from mmssl.data.cells import something
 from mmssl.data.listing import ITSELF, MANIFESTS, Columns, Listing, check_there, list_files, own_column, resolve
 from mmssl.data.tables import Table, table_at
 from mmssl.errors import UserError, nearest
@@ -49,7 +50,8 @@ def _rows(root: Path | str, table: Table, kinds: Sequence[Media]) -> Listing:
     count = len(next(iter(media.values())))
     if not count:
         raise UserError(f"{table.where} lists nothing")
-    return _listing(root, media, table.columns, range(1, count + 1))
+    columns: Columns = {name: [*map(something, values)] for name, values in table.columns.items()}
+    return _listing(root, media, columns, range(1, count + 1))
 
 
 def _column(table: Table, kind: Media, kinds: Sequence[Media]) -> list[str | None]:
@@ -57,10 +59,10 @@ def _column(table: Table, kind: Media, kinds: Sequence[Media]) -> list[str | Non
     where, columns, _ = table
     own = own_column(columns, kind)
     if own is not None:
-        return resolve(table, own, kind)
+        return [*map(something, resolve(table, own, kind))]
     without = [one.name for one in kinds if own_column(columns, one) is None]
     if "path" in columns and without == [kind.name]:
-        return resolve(table, "path", kind)
+        return [*map(something, resolve(table, "path", kind))]
     has, missing = ", ".join(columns) or "none", [name for one in without for name in _names(one)]
     if "path" in columns:
         raise UserError(

@@ -17,12 +17,17 @@ from mmssl.errors import MmsslError, UserError, nearest
 _URL = re.compile(r"((?:[\w-]+::)*[A-Za-z][\w+.-]+):(/+)(.*)", re.DOTALL)
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 """Which extra of this package brings what a protocol needs."""
+_HERE = ("file:/", "local:/")
+"""How a path of this machine begins that is written as a URL, one slash lost to ``Path``."""
 _AHEAD = 2**16
 """Bytes that are fetched at once where a file is read from one header to the next."""
 
 
 def url(path: str | Path) -> str | None:
-    """Return the URL that a path is, or None for a path of this machine. A slash that a ``Path`` loses is put back."""
+    """Return the URL that a path is, or None for a path of this machine. A slash that a ``Path`` loses is put back.
+
+    ``file://`` and ``local://`` are no URLs behind ``given``, ``absolute`` and ``join``, through which all paths come.
+    """
     match = _URL.fullmatch(str(path))
     if match is None:
         return None
@@ -34,17 +39,24 @@ def url(path: str | Path) -> str | None:
 
 def given(path: str | Path) -> str | Path:
     """Return what a person gave as it is to be shown and opened: a URL, or a path of this machine."""
-    return url(path) or Path(path)
+    return url(plain := _plain(path)) or Path(plain)
 
 
 def absolute(path: str | Path) -> str:
     """Return a URL, or the absolute path; unlike ``Path.resolve``, that leaves links alone."""
-    return (url(path) or os.path.abspath(path)).rstrip("/") or "/"  # noqa: PTH100
+    return (url(plain := _plain(path)) or os.path.abspath(plain)).rstrip("/") or "/"  # noqa: PTH100
 
 
 def join(folder: str, name: str) -> str:
     """Return the path of a name in a folder; an absolute name, or a URL, stays as it is."""
+    name = _plain(name)
     return name if url(name) else os.path.join(folder, name)  # noqa: PTH118
+
+
+def _plain(path: str | Path) -> str:
+    """Return a path of this machine that is written as a URL as it is else written."""
+    path = str(path)
+    return f"/{path.partition(':')[2].lstrip('/')}" if path.startswith(_HERE) else path
 
 
 def suffix(name: str) -> str:

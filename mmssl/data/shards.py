@@ -18,7 +18,7 @@ def checksum(file: Path) -> str:
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """Return what is known of the shards in a folder, None where nothing is; raises UserError for what is not JSON."""
+    """Return what is known of the shards in a folder, None where nothing is; raises UserError for other files."""
     file = folder / FACTS
     try:
         facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -26,7 +26,16 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); it was written by 'data pack'") from None
+    lists = [facts.get(key) for key in ("modalities", "sources", "shards")] if isinstance(facts, dict) else []
+    if not lists or not all(isinstance(one, list) and one for one in lists) or not all(map(right, facts["shards"])):
+        raise UserError(f"{file} is not what 'data pack' writes; is it of another program?")
     return facts
+
+
+def right(shard: Any) -> bool:
+    """Whether what was read says of a shard what ``data pack`` writes of one."""
+    kinds = {"file": str, "samples": int, "bytes": int, "sha256": str}
+    return isinstance(shard, dict) and all(isinstance(shard.get(key), kind) for key, kind in kinds.items())
 
 
 def verify(folder: Path, facts: dict[str, Any]) -> Iterator[tuple[str, str | None]]:

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -29,8 +28,13 @@ SHARD = ".tar"
 UNFINISHED = "packing.json"
 """What is in a folder of shards as long as they are not all there."""
 
-_SPLIT = re.compile(r"(.+?)-\d{5}-of-\d{5}")
-"""How ``datasets`` names its files, without the suffix."""
+_SPLIT = re.compile(r"(?:.*/)?([^/]+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?|(?:.*/)?([^/]+)/\d{4,}")
+"""How ``datasets`` and the Hub name their files, without the suffix: ``train-00000-of-00002``, ``train/0000``."""
+_COMPRESSED = re.compile(r".*\.(tar\.\w+|tgz)", re.DOTALL | re.IGNORECASE)
+_ABOUT = ("readme", "license")
+"""Names of files that tell of the data, and are none."""
+_NO_CLASS = -1
+"""The label of what has none, in ``datasets``."""
 
 
 class Table(NamedTuple):
@@ -44,22 +48,23 @@ class Table(NamedTuple):
 def table_at(path: str, kinds: Sequence[Media]) -> Table | None:
     """Return the table that a path, which exists, is or has at its top; None for a plain folder and for other files.
 
-    Without a manifest, a folder is one of shards or of parquet files if it has such and no media of the first kind.
-    Raises UserError and UnusableData where it cannot be read.
+    Without a manifest, a folder is one of shards or of parquet files with the files in them, if it has such. Raises
+    UserError and UnusableData where it cannot be read, UserError too where it has several of these, or files of the
+    first kind besides.
     """
     if not paths.is_folder(path):
         if paths.suffix(path) in MANIFESTS:
             return Table(path, read_manifest(path), os.path.dirname(paths.absolute(path)))  # noqa: PTH120
+        if _COMPRESSED.fullmatch(path):
+            raise UserError(f"{path} is compressed, so that nothing in it has a place; give the plain {SHARD}")
         return _sharded(path, [path], kinds) if paths.suffix(path) == SHARD else None
     if paths.exists(paths.join(path, UNFINISHED)):
         raise UserError(f"{path} is not packed to its end; run the same 'data pack' again")
     manifest = _manifest_in(path)
     if manifest is not None:
         return Table(manifest, read_manifest(manifest), paths.absolute(path))
-    found = _files_of_files(path, kinds[0])
-    if found[SHARD]:
-        return _sharded(path, found[SHARD], kinds)
-    return _joined(path, [file for file in found[".parquet"] if _embeds(file)])
+    shards, tables = _files_of_files(path, kinds[0])
+    return _sharded(path, shards, kinds) if shards else _joined(path, tables)
 
 
 def _manifest_in(folder: str) -> str | None:
@@ -70,17 +75,26 @@ def _manifest_in(folder: str) -> str | None:
     return found[0] if found else None
 
 
-def _files_of_files(folder: str, kind: Media) -> dict[str, list[str]]:
-    """Return the shards and the parquet files in a folder, in order; none where there is a medium of a kind."""
-    found: dict[str, list[str]] = {SHARD: [], ".parquet": []}
+def _files_of_files(folder: str, kind: Media) -> tuple[list[str], list[str]]:
+    """Return the shards and the parquet files with files in them in a folder, each in order; one of both is empty."""
+    loose, shards, tables = Counter[str](), list[str](), list[str]()
     for inner, names in paths.walk(paths.absolute(folder)):
         for name in names:
             suffix = paths.suffix(name)
-            if suffix in kind.suffixes or suffix in kind.frame_suffixes:
-                return {SHARD: [], ".parquet": []}
-            if suffix in found:
-                found[suffix].append(paths.join(inner, name))
-    return {suffix: sorted(files) for suffix, files in found.items()}
+            if suffix == SHARD:
+                shards.append(paths.join(inner, name))
+            elif suffix == ".parquet":
+                tables.append(paths.join(inner, name))
+            elif suffix in kind.suffixes | kind.frame_suffixes and not name.lower().startswith(_ABOUT):
+                loose[suffix] += 1
+    tables = [file for file in tables if _embeds(file)]
+    held = [f"{count} {suffix}" for suffix, count in loose.items()]
+    held += [f"{len(some)} {what}" for some, what in ((shards, "tar shards"), (tables, "parquet tables")) if some]
+    if (shards or tables) and len(held) > 1:
+        raise UserError(
+            f"{folder} holds {', '.join(held[:-1])} and {held[-1]}; name one of them or move the other elsewhere"
+        )
+    return sorted(shards), sorted(tables)
 
 
 def _sharded(where: str, shards: Sequence[str], kinds: Sequence[Media]) -> Table | None:
@@ -94,7 +108,7 @@ def _sharded(where: str, shards: Sequence[str], kinds: Sequence[Media]) -> Table
 
 
 def _joined(where: str, files: Sequence[str]) -> Table | None:
-    """Return the rows of parquet files as one table; files called ``SPLIT-00000-of-00002`` are of that split."""
+    """Return the rows of parquet files as one table; their names may say of which split they are."""
     if not files:
         return None
     joined: Columns = {}
@@ -102,9 +116,9 @@ def _joined(where: str, files: Sequence[str]) -> Table | None:
     for file in files:
         columns = read_manifest(file)
         count = len(next(iter(columns.values())))
-        match = _SPLIT.fullmatch(Path(file).stem)
+        match = _SPLIT.fullmatch(os.path.splitext(file.removeprefix(paths.absolute(where)))[0])  # noqa: PTH122
         if match is not None:
-            columns.setdefault("split", [match[1]] * count)
+            columns.setdefault("split", [match[1] or match[2]] * count)
         for name in columns.keys() - joined.keys():
             joined[name] = [None] * rows
         for name, values in joined.items():
@@ -174,9 +188,7 @@ def _read_parquet(path: str, file: BinaryIO) -> Columns:
     try:
         table = pq.ParquetFile(file)
         schema = table.schema_arrow
-        # Vectors are no manifest columns, and would fill the memory; so would files, which are read when they are asked
-        # for.
-        names = [f.name for f in schema if not (pa.types.is_nested(f.type) or cells.is_binary(f.type))]
+        names = _plain_names(schema)
         _no_repeats(path, names)
         classes = {name: feature.get("names") for name, feature in cells.features(schema).items()}
         read = table.read(columns=names)
@@ -191,17 +203,34 @@ def _read_parquet(path: str, file: BinaryIO) -> Columns:
 def _texts(values: Sequence[Any], classes: Sequence[str] | None) -> list[str | None]:
     """Return cells as texts; of classes that have names, the names."""
     if isinstance(classes, list):
-        known = dict(enumerate(classes))
+        known = {_NO_CLASS: None, **dict(enumerate(classes))}
         return [_text(known.get(value, value)) for value in values]
     return [_text(value) for value in values]
 
 
 def _embeds(path: str) -> bool:
+    return bool(cells.embedded(_schema(path)))
+
+
+def left_out(path: str) -> list[str]:
+    """Return the columns of a parquet file that are not read: lists, vectors, structs, bytes that are no files."""
+    schema = _schema(path)
+    plain = {*_plain_names(schema), *cells.embedded(schema)}
+    return [name for name in schema.names if name not in plain]
+
+
+def _plain_names(schema: Any) -> list[str]:
+    # Vectors are no manifest columns, and would fill the memory; so would files, which are read when they are asked
+    # for.
+    return [f.name for f in schema if not (pa.types.is_nested(f.type) or cells.is_binary(f.type))]
+
+
+def _schema(path: str) -> Any:
     try:
         with paths.opened(path) as file:
-            return bool(cells.embedded(pq.ParquetFile(file).schema_arrow))
-    except (pa.ArrowException, OSError):
-        return False
+            return pq.ParquetFile(file).schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({(str(error).splitlines() or ['?'])[0]})") from None
 
 
 def _no_repeats(path: str, names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple, Self
@@ -25,6 +26,7 @@ HANDLES = 64
 """Shards that a process keeps open."""
 MOST_TEXT = 2**16
 """Bytes of a label, a caption or a row of columns in a shard; more is no such thing."""
+_CHUNK = 2**20
 TEXTS = ("cls", "txt", "json")
 """Extensions of members that say something of a sample: its class, its caption, its columns."""
 
@@ -156,12 +158,20 @@ def scan(shard: str) -> list[Entry]:
             found = [_entry(info, file) for info in tar if info.isreg()]
             file.seek(tar.offset)
             whole = file.read(BLOCK) == bytes(BLOCK)
+            behind = any(chunk.count(0) < len(chunk) for chunk in iter(lambda: file.read(_CHUNK), b""))
     except (tarfile.TarError, EOFError) as error:
         raise UnusableData(f"{shard} is no whole tar file: {error}") from None
     except OSError as error:
         raise UnusableData(f"{shard} cannot be read: {error.strerror or error}") from None
     if not whole:
         raise UnusableData(f"{shard} is truncated: it ends after {len(found)} files, without the mark of an end")
+    if behind:
+        raise UnusableData(
+            f"{shard} goes on behind the mark of its end, as tars put behind each other do; unpack them and pack anew"
+        )
+    name, times = Counter(entry.name for entry in found).most_common(1)[0] if found else ("", 0)
+    if times > 1:
+        raise UnusableData(f"{shard} holds {times} files called {name}; which of them is meant?")
     return found
 
 

@@ -28,6 +28,22 @@ RECIPE_SECTIONS = {"optimizer": "optim", "scheduler": "optim.warmup and optim.mi
                    "fp16": "train.precision", "amp": "train.precision"}  # fmt: skip
 """Sections of DeepSpeed's JSON that would decide what the recipe decides, and the recipe's key."""
 
+KEYS = {
+    *RECIPE_SECTIONS, "activation_checkpointing", "aio", "autotuning", "bfloat16", "checkpoint", "comet",
+    "comms_logger", "communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning",
+    "data_efficiency", "data_parallel_size", "data_types", "dataloader_drop_last", "datastates_ckpt",
+    "disable_allgather", "disable_python_gc", "dump_state", "eigenvalue", "elasticity", "expert_parallel",
+    "flops_profiler", "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "graph_harvesting", "hybrid_engine", "log_level", "managed_gradient_accumulation",
+    "memory_breakdown", "nebula", "pipeline", "prescale_gradients", "progressive_layer_drop", "quantize_training",
+    "seq_parallel_communication_data_type", "sequence_parallel_size", "sparse_attention", "sparse_gradients",
+    "steps_per_print", "tensor_parallel", "tensorboard", "timers", "torch_autocast", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown",
+    "wandb", "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+}  # fmt: skip
+"""All top-level keys that DeepSpeed 0.19 reads, also those that it refuses in words of its own. Others it passes over
+in silence."""
+
 
 def system_config(path_or_name: str) -> dict[str, Any]:
     """Return the DeepSpeed JSON in a file, or a shipped one by name (``zero0`` .. ``zero3``, ``zero3_offload``).
@@ -36,6 +52,8 @@ def system_config(path_or_name: str) -> dict[str, Any]:
     """
     shipped = {Path(str(file)).stem: file for file in files("ds_configs").iterdir() if file.name.endswith(".json")}
     source = shipped.get(path_or_name, Path(path_or_name))
+    if not source.is_file():
+        source = shipped.get(path_or_name.removesuffix(".json"), source)
     if not source.is_file():
         hint = nearest(Path(path_or_name).stem, shipped)
         raise UserError(f"{path_or_name} is neither a DeepSpeed JSON file nor the name of a shipped one{hint}")
@@ -47,7 +65,16 @@ def system_config(path_or_name: str) -> dict[str, Any]:
         raise UserError(f"{path_or_name}: not readable as JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path_or_name}: a DeepSpeed configuration is a JSON object, not a {type(config).__name__}")
+    check_system(config, path_or_name)
     return config
+
+
+def check_system(config: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a key that DeepSpeed does not know, and for a ``zero_optimization`` that is none."""
+    for key in config:
+        if key not in KEYS:
+            raise UserError(f"{where}: DeepSpeed knows no key '{key}'{nearest(key, KEYS)}")
+    _check_zero(config, where)
 
 
 def merge(
@@ -135,7 +162,10 @@ def _check_zero(config: Mapping[str, Any], where: str) -> None:
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{where}: zero_optimization is an object whose stage is 0, 1, 2 or 3, but this is {zero!r}")
     for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device") == "nvme":
+        section = zero.get(key)
+        if not isinstance(section, dict | None):
+            raise UserError(f'{where}: {key} is an object such as {{"device": "cpu"}}, but this is {section!r}')
+        if (section or {}).get("device") == "nvme":
             raise UserError(f"{where}: {key}.device 'nvme' cannot be checkpointed; use 'cpu' or leave it out")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmssl.contracts import Batch, Progress
-from mmssl.distributed import Council, World
+from mmssl.distributed import Council, World, lost
 from mmssl.engine import Engine, StepResult
 from mmssl.engine.finite import NonFiniteSamples
 from mmssl.engine.progress import Progressbar, memory_gb
@@ -225,7 +225,11 @@ def summary(line: Mapping[str, float]) -> str:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Turn SIGINT and SIGTERM into a number that the loop looks at; a second SIGINT interrupts at once."""
+    """Turn SIGINT and SIGTERM into a number that the loop looks at; a second SIGINT interrupts at once.
+
+    Where another rank has gone, SIGTERM is ignored from then on: launchers send it at once to those that are left, who
+    are to tell what happened first (``mmssl.engine.watch`` does, and heeds it again).
+    """
     seen = [0]
 
     def note(signum: int, _frame: Any) -> None:
@@ -239,6 +243,10 @@ def stop_signals() -> Iterator[list[int]]:
         before = {}
     try:
         yield seen
+    except RuntimeError as error:
+        if before and lost(error):
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

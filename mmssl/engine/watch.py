@@ -7,6 +7,7 @@ case as long as its ``pulse`` beats. The threads here only look and tell: nothin
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -18,10 +19,9 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import psutil
-import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from mmssl.distributed import Council, World
+from mmssl.distributed import Council, World, lost
 from mmssl.engine.loop import Hooks
 from mmssl.errors import MmsslError
 from mmssl.pulse import beat, beats
@@ -122,11 +122,13 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Turn what is raised where the others are gone into a sentence; when left, nothing is watched any more."""
+        heeded = signal.getsignal(signal.SIGTERM)
         try:
             yield
         except RuntimeError as error:
             if not lost(error):
                 raise
+            handle(signal.SIG_IGN)  # the launcher ends the others of a rank that has gone, but they have to tell first
             if self.verdict:  # the others have left for a reason that is being told
                 threading.Event().wait()
             left, sentence = self._who_left(error)
@@ -135,6 +137,7 @@ class Watch:
             raise MmsslError(sentence) from None
         finally:
             self._end.set()
+            handle(heeded)
 
     def _tell(self, alive: int) -> None:
         note = {"alive": alive, "beats": beats(), "phases": self.phases, "word": self.word, "step": self.step}
@@ -196,8 +199,8 @@ class Watch:
         deadline = time.monotonic() + SEARCH
         left: list[Peer] = []
         while not left and time.monotonic() < deadline:
-            time.sleep(self.every / 4)
             left = [peer for peer in self.peers if peer.gone(self.here)]
+            time.sleep(0 if left else min(0.1, self.every / 4))
         first = str(error).strip().splitlines()[0]
         if not left:
             return left, f"the connection between the ranks was lost ({first}); {RESUME}"
@@ -205,10 +208,10 @@ class Watch:
         return left, f"{who} has gone; what it said is above, if it could; {RESUME}"
 
 
-def lost(error: RuntimeError) -> bool:
-    """Whether an error means that a collective could not reach another rank."""
-    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+def handle(handler: Any) -> None:
+    """Answer SIGTERM so from now on, where that is ours to say: in the main thread."""
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def patient(minutes: float) -> None:

@@ -105,6 +105,33 @@ def test_empty_cells_are_missing_media(tmp_path):
     assert [found is not None for found in pairs.media["audio"]] == [False, True, False]
 
 
+def test_of_one_kind_an_empty_cell_is_a_broken_file(tmp_path):
+    cells_ = pa.array([{"bytes": b"x", "path": "0.png"}, None], FILE)
+    listing = list_files(write_table(tmp_path / "a.parquet", {"image": cells_}), IMAGE)
+    assert guarded(read, listing.paths[0], None) == b"x"
+    assert reason(listing.paths[1]) == "nothing in its cell"
+
+
+def test_names_of_the_hub_say_the_split_too_and_no_class_is_no_label(tmp_path):
+    features = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+    for name in ("train-00000-of-00001-0123456789abcdef", "test/0000"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_table(tmp_path / f"{name}.parquet", {"image": files(2), "label": [1, -1]}, features)
+    for split in ("train", "test"):
+        assert list_files(tmp_path, IMAGE, split=split).columns["label"] == ["dog", None]
+
+
+def test_a_damaged_table_is_named_and_one_beside_loose_files_is_refused(tmp_path):
+    whole = write_table(tmp_path / "a.parquet", {"image": files(2)})
+    (tmp_path / "b.parquet").write_bytes(whole.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"b\.parquet: not a readable parquet file"):
+        list_files(tmp_path, IMAGE)
+    (tmp_path / "b.parquet").unlink()
+    (tmp_path / "x.png").touch()
+    with pytest.raises(UserError, match=r"holds 1 \.png and 1 parquet tables; name one of them"):
+        list_files(tmp_path, IMAGE)
+
+
 def reason(cell):
     with pytest.raises(BrokenFile) as caught:
         guarded(read, str(cell), None)

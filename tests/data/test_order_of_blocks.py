@@ -6,13 +6,22 @@ import pytest
 from sharding import read, write_tar
 from torch import tensor
 
+from mmssl.config import DataConfig, validate
 from mmssl.data.blocks import Blocks, blocks_of
 from mmssl.data.dataset import Bucket, Plan, Samples, Stream, loader
 from mmssl.data.tars import TarMember, scan
 from mmssl.distributed import World
+from mmssl.errors import UserError
 
 OF = [0] * 5 + [1] * 2 + [2] * 9 + [3] + [4] * 4
 """Blocks as uneven as shards may be."""
+
+
+def test_a_window_that_is_none_is_told_what_it_may_be():
+    for window in ("auto", None, 3):
+        assert validate(DataConfig, {"window": window}, "here").window == window
+    with pytest.raises(UserError, match="window: takes auto, null or a number of shards or row groups, but got 'foo'"):
+        validate(DataConfig, {"window": "foo"}, "here")
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 99])

@@ -12,7 +12,7 @@ from mmssl.data.guard import BrokenFile, guarded
 from mmssl.data.listing import list_files
 from mmssl.data.pairs import list_pairs
 from mmssl.data.parts import stamp
-from mmssl.data.paths import absolute, fetch, join, url
+from mmssl.data.paths import absolute, fetch, given, join, url
 from mmssl.data.tars import TarMember, scan
 from mmssl.errors import UserError
 
@@ -24,7 +24,8 @@ def cache(tmp_path, monkeypatch):
 
 def test_urls_are_told_from_paths_and_get_their_slashes_back():
     assert url(Path("s3://bucket/a.tar")) == url("s3://bucket/a.tar") == "s3://bucket/a.tar"
-    assert url(Path("file:///data/x")) == "file:///data/x"
+    for path in ("file:///data/x", Path("file:///data/x"), "local:///data/x"):
+        assert (given(path), absolute(path), join("/a", str(path))) == (Path("/data/x"), "/data/x", "/data/x")
     assert url(Path("simplecache::s3://bucket/x")) == "simplecache::s3://bucket/x"
     assert url("s3://bucket/a.tar@512+7/b.png") == "s3://bucket/a.tar@512+7/b.png"
     for path in ("/a/b", "a/b:c", "a:b", "data:,a%20cat", "./s3", "C:/x", "/x/s3://y"):
@@ -37,6 +38,11 @@ def test_urls_are_told_from_paths_and_get_their_slashes_back():
 def root(request, tmp_path):
     """The URL of a new folder."""
     return f"memory://{tmp_path.name}" if request.param == "memory" else f"file://{tmp_path}/there"
+
+
+def plain(root):
+    """Return what the URL of a folder is taken for."""
+    return root.removeprefix("file://")
 
 
 def put(address, data):
@@ -53,7 +59,7 @@ def test_loose_files(root):
     for name in ("cat/1.png", "cat/2.png", "dog/deep/3.png", "dog/4.txt", ".hidden/5.png"):
         put(f"{root}/{name}", name.encode())
     listing = list_files(root, IMAGE)
-    assert listing.paths == [f"{root}/{name}" for name in ("cat/1.png", "cat/2.png", "dog/deep/3.png")]
+    assert listing.paths == [f"{plain(root)}/{name}" for name in ("cat/1.png", "cat/2.png", "dog/deep/3.png")]
     assert listing.labels() == ["cat", "cat", "dog"]
     assert listing.ignored == {".txt": 1}
     assert texts(listing.paths) == [b"cat/1.png", b"cat/2.png", b"dog/deep/3.png"]
@@ -62,7 +68,7 @@ def test_loose_files(root):
     assert list_files(f"{root}/cat/2.png", IMAGE).paths == listing.paths[1:2]
     with pytest.raises(UserError, match="holds no file of modality audio"):
         list_files(root, AUDIO)
-    with pytest.raises(UserError, match=f"{root}/none does not exist"):
+    with pytest.raises(UserError, match=f"{plain(root)}/none does not exist"):
         list_files(f"{root}/none", IMAGE)
 
 
@@ -82,7 +88,7 @@ def test_a_manifest_there_is_the_data_there(root, manifest, tmp_path):
     pairs = list_pairs(Path(place), [IMAGE, TEXT])
     assert (len(pairs), pairs.media["text"][1]) == (3, "data:,y")
     put(f"{root}/{manifest}", b"path,caption\n1.png\n" if manifest.endswith("csv") else b"[1]\n")
-    with pytest.raises(UserError, match=f"^{root}/{manifest}, line"):
+    with pytest.raises(UserError, match=f"^{plain(root)}/{manifest}, line"):
         list_files(place, IMAGE)
 
 
@@ -93,14 +99,14 @@ def write_shard(root, tmp_path):
 
 
 def test_shards_with_and_without_a_manifest(root, tmp_path):
-    members = write_shard(root, tmp_path)
+    members = [plain(member) for member in write_shard(root, tmp_path)]
     assert list_files(root, IMAGE).paths == list_files(f"{root}/a.tar", IMAGE).paths == members
     assert list_files(root, IMAGE).name(1).startswith("a.tar@")
     put(f"{root}/manifest.csv", f"path,label\n{members[2].removeprefix(f'{root}/')},x\n".encode())
     listing = list_files(root, IMAGE)
     assert listing.paths == members[2:]
     assert texts(listing.paths) == [b"file 2" * 9000]
-    assert stamp(members[0]) == paths.stamp(f"{root}/a.tar") != [None, None]
+    assert stamp(members[0]) == paths.stamp(plain(f"{root}/a.tar")) != [None, None]
 
 
 def test_a_table_with_files_in_it(root, tmp_path):

@@ -153,9 +153,31 @@ def test_their_captions_are_texts_and_pairs(dataset):
         list_files(dataset, AUDIO)
 
 
-def test_pictures_beside_shards_are_the_data(dataset):
+def test_a_folder_of_shards_and_of_loose_media_is_refused(dataset):
+    (dataset / "README.txt").write_text("on letters")
+    assert len(list_files(dataset, TEXT)) == 5
     (dataset / "x.png").write_bytes(picture(3))
-    assert len(list_files(dataset, IMAGE)) == 1
+    with pytest.raises(UserError, match=r"holds 1 \.png and 2 tar shards; name one of them or move the other"):
+        list_files(dataset, IMAGE)
+
+
+def test_patterns_and_compressed_shards_get_a_hint(tmp_path):
+    for name in ("{0..3}.tar", "*.tar"):
+        with pytest.raises(UserError, match="does not exist; patterns are not expanded: give the folder"):
+            list_files(tmp_path / name, IMAGE)
+    (tmp_path / "a.tar.gz").touch()
+    with pytest.raises(UserError, match=r"a\.tar\.gz is compressed"):
+        list_files(tmp_path / "a.tar.gz", IMAGE)
+
+
+def test_what_no_reader_agrees_on_is_refused(tmp_path):
+    one, two = (write_tar(tmp_path / f"{name}.tar", [(f"{name}.png", b"x")]) for name in "ab")
+    one.write_bytes(one.read_bytes() + two.read_bytes())
+    with pytest.raises(UnusableData, match=r"a\.tar goes on behind the mark of its end"):
+        scan(str(one))
+    write_tar(two, [("x.png", b"1"), ("y.png", b"2"), ("./x.png", b"3")])
+    with pytest.raises(UnusableData, match=r"b\.tar holds 2 files called x\.png"):
+        scan(str(two))
 
 
 def test_scans_are_kept_until_a_shard_changes(dataset, cache, monkeypatch):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mmssl.distributed import Council, world
 from mmssl.engine.deepspeed_setup import connect
-from mmssl.engine.loop import Hooks, ignore
+from mmssl.engine.loop import Hooks, ignore, stop_signals
 from mmssl.engine.watch import Watch
 from mmssl.errors import MmsslError
 from mmssl.launch import Ranks
@@ -124,6 +124,42 @@ def test_a_killed_rank_is_named_at_once(tmp_path, rank):
     assert "has gone" in sentence
     assert "add --resume" in sentence
     assert f"MmsslError: {sentence}" in said[left]
+
+
+def ended_by_a_launcher(folder, rank):
+    """One rank is killed; the launcher ends the other at once: before it tells who left, and while it does."""
+    me = world()
+    connect(me, "cpu")
+
+    def report(sentence):
+        os.kill(os.getpid(), signal.SIGTERM)
+        (folder / "status.json").write_text(json.dumps([me.rank, sentence]))
+
+    watch = Watch(me, Council(me.size), HANG, report)
+    try:
+        with watch.watching():
+            try:
+                with stop_signals():
+                    if me.rank == rank:
+                        die()
+                    dist.all_reduce(torch.ones(1))
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_is_left_tells_who_has_gone_before_it_heeds_the_launcher(tmp_path, rank):
+    with Ranks(ended_by_a_launcher, (tmp_path, rank), 2, logs=tmp_path) as ranks:
+        codes = ranks.wait(60, grace=20)
+        said = ranks.said(1 - rank)
+    assert codes[1 - rank] == 1, said
+    who, sentence = json.loads((tmp_path / "status.json").read_text())
+    assert who == 1 - rank
+    assert sentence.startswith(f"rank {rank} (process ")
+    assert f"MmsslError: {sentence}" in said
 
 
 @pytest.mark.distributed

@@ -125,7 +125,7 @@ def test_workers_change_nothing(rows):
     seen = []
     for (one, none), (other, _) in zip(*runs, strict=True):
         assert not none
-        assert one.keys() == other.keys() == {"index", "seed", "image.signal", "text.signal", "text.present"}
+        assert one.keys() == other.keys() == {"index", "place", "seed", "image.signal", "text.signal", "text.present"}
         assert all(torch.equal(one[key], other[key]) for key in one)
         for index, present, signal in zip(one["index"], one["text.present"], one["text.signal"], strict=True):
             assert present == (rows[index][1] is not None) == bool(signal.any())

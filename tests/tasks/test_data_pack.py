@@ -1,14 +1,18 @@
 """Shards as they are written: what is in them, what stays of an earlier run, and what is refused."""
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -17,7 +21,7 @@ from mmssl.data.guard import guarded
 from mmssl.data.listing import list_files
 from mmssl.data.pairs import list_pairs
 from mmssl.data.tars import TarMember, scan
-from mmssl.errors import UserError
+from mmssl.errors import Stopped, UserError
 from modalities.encoder import MODALITIES
 from tasks import data_pack
 from tasks.data_check import check
@@ -100,27 +104,28 @@ def test_the_same_files_make_the_same_bytes_wherever_they_lie(folder, tmp_path):
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
-def killed(monkeypatch, after):
-    """Make a run die after so many samples of its last shard."""
+def stopped_after(monkeypatch, after, signum):
+    """Make a signal arrive after so many samples."""
     said, count = data_pack._Packer._said, [0]
 
     def fail(*words):
         count[0] += 1
         if count[0] > after:
-            raise KeyboardInterrupt
+            signal.raise_signal(signum)
         return said(*words)
 
     monkeypatch.setattr(data_pack._Packer, "_said", fail)
 
 
-@pytest.mark.parametrize("after", [0, 2, 6, 9])
-def test_a_run_that_was_killed_is_gone_on_with_and_gives_the_same_bytes(folder, tmp_path, monkeypatch, after):
+@pytest.mark.parametrize(("after", "signum"), [(0, 15), (2, 2), (6, 15), (9, 2)])
+def test_a_run_that_was_stopped_is_gone_on_with_and_gives_the_same_bytes(folder, tmp_path, monkeypatch, after, signum):
     pack(folder, tmp_path / "straight", per_shard=4, workers=1)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        killed(patch, after)
-        with pytest.raises(KeyboardInterrupt):
+        stopped_after(patch, after, signum)
+        with pytest.raises(Stopped, match=f"stopped after {after // 4} shards; run the same command") as stopped:
             pack(folder, out, per_shard=4, workers=1)
+    assert stopped.value.exit_code == 128 + signum
     with pytest.raises(UserError, match="is not packed to its end"):
         list_files(out, IMAGE)
     with (out / data_pack.DONE).open("a") as lines:
@@ -134,7 +139,11 @@ def test_a_run_that_was_killed_is_gone_on_with_and_gives_the_same_bytes(folder, 
     assert result.broken == pack(folder, tmp_path / "straight", per_shard=4, workers=1).broken
 
 
-def test_a_finished_pack_is_left_alone_but_for_damage(folder, tmp_path, capfd):
+def unfinished(out):
+    return (out / "packing.json").exists()
+
+
+def test_a_finished_pack_is_left_alone_but_for_damage(folder, tmp_path, capfd, monkeypatch):
     out = tmp_path / "out"
     pack(folder, out, per_shard=4, workers=1)
     right = digests(out)
@@ -148,7 +157,9 @@ def test_a_finished_pack_is_left_alone_but_for_damage(folder, tmp_path, capfd):
         in capfd.readouterr().err
     )
     assert digests(out) == right
-    assert pack(folder, out, per_shard=4, workers=1).kept == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(data_pack, "_write_manifest", lambda *_: pytest.fail("all is there") if unfinished(out) else 10)
+        assert pack(folder, out, per_shard=4, workers=1).kept == 3
 
 
 def test_a_source_that_has_changed_is_told(folder, tmp_path):
@@ -160,7 +171,7 @@ def test_a_source_that_has_changed_is_told(folder, tmp_path):
         pack(folder, out, per_shard=4, workers=1)
     with pytest.raises(UserError, match="begun with per_shard 4, and this is 5"):
         pack(folder, out, per_shard=5, workers=1)
-    with pytest.raises(UserError, match="no file of modality audio"):
+    with pytest.raises(UserError, match=r"no file of modality audio .*\(11 \.png.*\); .* --modality image"):
         pack(folder, out, modality="audio")
     assert digests(out) == right
 
@@ -327,6 +338,82 @@ def test_nothing_that_can_be_packed_is_code_3(tmp_path, ask):
     code, text, _ = ask("data", "pack", tmp_path / "in", tmp_path / "out", "--json")
     assert code == 3
     assert json.loads(text)["broken"][0]["path"] == "a.png"
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["ledger.jsonl"]
+    PIL.Image.new("RGB", (3, 3)).save(tmp_path / "in" / "a.png")
+    assert pack(tmp_path / "in", tmp_path / "out", workers=1).broken == []
+    assert "--per-shard" in ask("data", "pack", tmp_path / "in", tmp_path / "other", "--per-shard", 0)[2]
+
+
+def test_two_packs_into_one_folder_are_one(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    handle = os.open(out, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="out is being packed by another process"):
+        pack(folder, out, workers=1)
+    os.close(handle)
+    assert pack(folder, out, workers=1).samples == 10
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"shards": 3}', '{"sources": ["a"], "shards": [{}], "modalities": []}'])
+def test_notes_of_others_are_refused(folder, tmp_path, text):
+    out = tmp_path / "out"
+    for name in ("shards.json", "packing.json"):
+        out.mkdir()
+        (out / name).write_text(text if name == "shards.json" or "sources" not in text else "{")
+        with pytest.raises(UserError, match=f"{name} is not what 'data pack' writes"):
+            pack(folder, out, workers=1)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("line", ["7", "{}", '{"shard": "x"}', '{"shard": 99, "file": "f", "samples": 1'])
+def test_lines_of_others_count_for_nothing(folder, tmp_path, line, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 2, signal.SIGINT)
+        with pytest.raises(Stopped):
+            pack(folder, out, per_shard=4, workers=1)
+    (out / data_pack.DONE).write_text(line)
+    assert pack(folder, out, per_shard=4, workers=1).kept == 0
+
+
+def test_names_that_are_not_utf8_are_refused_before_anything_is_written(folder, tmp_path):
+    (folder / "a" / "00.v1.png").rename(folder / "a" / "\udcff.png")
+    with pytest.raises(UserError, match=r"'a/\\udcff.png' is not UTF-8"):
+        pack(folder, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_files_lie_is_not_in_their_members_names(folder, tmp_path):
+    write_manifest(tmp_path / "m.csv", ["path"], [(file,) for file in sorted(folder.rglob("0[0-3]*.png"))])
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "m.csv", tmp_path / "elsewhere" / "m.csv")
+    pack(tmp_path / "elsewhere" / "m.csv", tmp_path / "out", workers=1)
+    names = [entry.name for entry in scan(str(tmp_path / "out" / "shard-000000.tar"))]
+    assert names == ["a/00_v1.png", "a/02_v1.png", "b/01_v1.png", "b/03_v1.png"]
+
+
+def test_columns_that_shards_cannot_hold(folder, tmp_path, capfd):
+    data = [file.read_bytes() for file in sorted((folder / "a").iterdir())[:2]]
+    columns = {"image": [data[0], None, data[1]], "label": ["x", "y", "z"], "vector": [[1], [2], [3]]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    result = pack(tmp_path / "a.parquet", tmp_path / "out", workers=1)
+    assert (result.samples, [entry["reason"] for entry in result.broken]) == (2, ["nothing in its cell"])
+    assert "not packed are the columns of lists, structs or bytes: vector" in capfd.readouterr().err
+    pq.write_table(pa.table({"image": data, "depth": data}), tmp_path / "b.parquet")
+    table = pq.read_table(tmp_path / "b.parquet")
+    noted = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})
+    pq.write_table(table.replace_schema_metadata({b"huggingface": noted.encode()}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="column 'depth' holds files of no modality of this pack"):
+        pack(tmp_path / "b.parquet", tmp_path / "two", workers=1)
+
+
+def test_check_finds_shards_by_their_manifest_and_as_a_url(sounds, tmp_path, ask):
+    pack(sounds, tmp_path / "out", modality="audio", per_shard=99, workers=1)
+    for place in (tmp_path / "out", tmp_path / "out" / "manifest.parquet", f"file://{tmp_path}/out"):
+        result = check(place, workers=1)
+        assert (result.modality, result.shards, result.damaged) == ("audio", 1, [])
+        assert result.path == str(place).removeprefix("file://")
 
 
 def test_shrinking_shards_is_refused(clips, tmp_path, ask):

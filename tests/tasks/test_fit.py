@@ -380,11 +380,10 @@ def test_a_kill_between_a_checkpoint_and_its_export_is_mended_by_resuming(straig
 
 def test_two_processes_never_write_one_run(straight, tmp_path, photos, tiny_settings):
     out = shutil.copytree(straight, tmp_path / "run")
-    other = Run(out)
-    other.hold()
-    with pytest.raises(UserError, match="another process is writing this run"):
-        pretrain("image-mae-tiny", photos, out, tiny_settings, resume=True)
-    other.release()
+    with Run(out) as other:
+        other.hold()
+        with pytest.raises(UserError, match="another process is writing this run"):
+            pretrain("image-mae-tiny", photos, out, tiny_settings, resume=True)
     pretrain("image-mae-tiny", photos, out, tiny_settings, resume=True)
 
 

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
 
-from mmssl.errors import MmsslError
+from mmssl.errors import MmsslError, UserError
 
 PRELOADED = "mmssl.preload"
 GRACE = 5.0
@@ -127,6 +127,8 @@ class Ranks:
             # The others may have been killed for its sake, or have noticed that it had gone.
             rank = next((r for r in bad if r in self._results), bad[0])
             said = self._results.get(rank) or self.said(rank) or "it said nothing"
+            if isinstance(said, UserError):  # the user's mistake, whichever process found it
+                raise said
             raise MmsslError(f"rank {rank} of {self.size} ended with code {codes[rank]} (all: {codes}): {said}")
         return [self._results[rank] for rank in range(self.size)]
 
@@ -199,7 +201,8 @@ def _rank(
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException as error:  # whatever it is, the parent is told and raises
         traceback.print_exc()
-        pipe.send("".join(traceback.format_exception_only(error)).strip())
+        words = "".join(traceback.format_exception_only(error)).strip()
+        pipe.send(error if isinstance(error, UserError) else words)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

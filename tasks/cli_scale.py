@@ -33,14 +33,23 @@ def verify(
     from tasks.verify import parse_worlds
     from tasks.verify import verify as run
 
+    needs_data(split, data)
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a JSON file in it, such as {out / 'verify.json'}")
     writable(None if out is None else out.parent)
     resolved = load_recipe(recipe, parse_assignments(overrides or ()))
     result = run(resolved, data, split=split, worlds=parse_worlds(world), zero=zero.split(","), steps=steps)
+    emit(result, as_json)
     if out is not None:
         write_json(out, result.as_dict())
-    emit(result, as_json)
     if not result.equal:
         raise typer.Exit(1)
+
+
+def needs_data(split: str | None, data: Path | None) -> None:
+    """Raise UserError for a split of no data."""
+    if split is not None and data is None:
+        raise UserError(f"--split {split} is of the files that --data names; give --data too, or leave it out")
 
 
 def drill(
@@ -62,7 +71,7 @@ def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Cards, or with --cpu processes; 8, or 1.")] = None,
-    gpu: Annotated[str, typer.Option(help="Their kind: h100, a100, l40s ...")] = "h100",
+    gpu: Annotated[str | None, typer.Option(help="Their kind: h100 if left out, a100, l40s ...")] = None,
     memory: Annotated[float | None, typer.Option(min=0.1, help="GB of each, instead of what its kind has.")] = None,
     tflops: Annotated[float | None, typer.Option(min=0.001, help="Peak TFLOP/s of each, likewise.")] = None,
     mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak that training reaches.")] = 0.4,
@@ -74,12 +83,17 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a recipe needs on so many cards: memory by ZeRO stage, days, and what to type. Exit code 1: no room."""
-    from tasks.plan import cards, processors
+    from tasks.plan import USUAL, cards, processors
     from tasks.plan import plan as run
 
     if data is not None and samples is not None:
         raise UserError("--data and --samples both say how much there is to learn from; give one of them")
-    machines = processors(gpus or 1, memory, tflops, mfu) if cpu else cards(gpus or 8, gpu, memory, tflops, mfu)
+    needs_data(split, data)
+    if cpu and gpu is not None:
+        raise UserError(f"--cpu is for processes without cards, and --gpu {gpu} for cards; give one of them")
+    machines = (
+        processors(gpus or 1, memory, tflops, mfu) if cpu else cards(gpus or 8, gpu or USUAL, memory, tflops, mfu)
+    )
     settings = parse_assignments(overrides or ())
     result = run(recipe, settings, machines=machines, data=data, split=split, samples=samples, check=check)
     emit(result, as_json)

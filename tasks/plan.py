@@ -31,11 +31,16 @@ from tasks.build import (
 )
 from tasks.fit import check_locked, inherited
 from tasks.plan_cuts import Cuts
-from tasks.plan_rows import ALONE, in_words, planned, savers, shardings, stage_rows, table
+from tasks.plan_rows import ALONE, duration, in_words, planned, savers, shardings, size, stage_rows, table
+from tasks.writer import say
 
 NODE = 8
 """Cards that one machine has, at most."""
 USUAL = "h100"
+SHORT = 0.01
+"""Seconds below which a step is not the time of its operations."""
+DURATIONS = {"seconds_per_step": ("time per step", 1.0), "days": ("time in all", 86400.0)}
+"""Facts that are durations: what people call them, and their unit in seconds."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,10 @@ class Machines:
     def margin(self) -> str:
         """What is left free, in words."""
         what = "CUDA, cuBLAS and NCCL" if self.card is not None else "the libraries"
+        if self.usable <= 0:
+            return f"{size(self.memory)} are less than {what} and what the allocator holds back take"
         return (
-            f"{self.usable:.1f} of {self.memory:.1f} GB can be used: {self.fixed:g} GB are for {what}, "
+            f"{size(self.usable)} of {size(self.memory)} can be used: {self.fixed:g} GB are for {what}, "
             f"{100 * self.lost:.0f} % for what the allocator holds back in pieces"
         )
 
@@ -112,7 +119,7 @@ class Proposal:
         if self.chunk is not None:
             pieces.append(f"embedded {self.chunk:,} at a time")
         name = "one process without DeepSpeed" if self.deepspeed_config == ALONE else self.deepspeed_config
-        return f"{name}, {', '.join(pieces)}: {self.memory_gb:.1f} GB"
+        return f"{name}, {', '.join(pieces)}: {size(self.memory_gb)}"
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,8 @@ class Plan:
     problem: str | None
     """Why nothing fits, and what would help."""
     margin: str
+    remarks: list[str] = field(default_factory=list)
+    """What the time does not count."""
     checked: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -138,6 +147,7 @@ class Plan:
             "command": self.command,
             "problem": self.problem,
             "margin": self.margin,
+            "remarks": self.remarks,
             "checked": self.checked,
         }
 
@@ -146,7 +156,7 @@ class Plan:
         facts = Table(show_header=False, box=None, pad_edge=False)
         for name, value in self.facts.items():
             if value is not None:
-                facts.add_row(name.replace("_", " "), in_words(value))
+                facts.add_row(*fact(name, value))
         console.print(facts)
         console.print(
             "\nGB per rank at the peak of a step; step is the most that gradients and activations take at once:"
@@ -155,6 +165,8 @@ class Plan:
         console.print(f"{self.margin}.", soft_wrap=True)
         if self.facts["days"] is None:
             console.print("How long it takes: --samples N or --data PATH, and for other cards --tflops, tell.")
+        for remark in self.remarks:
+            console.print(f"{remark}.", soft_wrap=True)
         if self.checked:
             console.print("\nMeasured here, small enough for this machine:")
             console.print(table(self.checked))
@@ -186,28 +198,32 @@ def plan(
     if recipe.optim.name != "adamw" and machines.ranks > 1:
         raise UserError(f"optim.name '{recipe.optim.name}' is for one process; DeepSpeed runs with 'adamw' alone")
     cuts = Cuts(recipe, machines.ranks)
-    fitting = {key: cuts.greatest(fits(recipe, one, machines)) for key, one in shardings(recipe, machines.ranks)}
-    chosen = next((key for key, size in fitting.items() if size is not None), None)
-    size = cuts.sizes[0] if chosen is None else fitting[chosen]
-    assert size is not None
-    rows = stage_rows(recipe, cuts.trace(size), machines.ranks, cuts.micro(size))
+    say("tracing steps on tensors without data, which takes seconds, for large models a minute or more")
+    spread = shardings(recipe, machines.ranks, offload=machines.card is not None)
+    fitting = {key: cuts.greatest(fits(recipe, one, machines)) for key, one in spread}
+    chosen = next((key for key, cut in fitting.items() if cut is not None), None)
+    cut = cuts.sizes[0] if chosen is None else fitting[chosen]
+    assert cut is not None
+    rows = stage_rows(recipe, cuts.trace(cut), machines.ranks, cuts.micro(cut), offload=machines.card is not None)
     unit = "chunk" if recipe.objective.several else "micro_batch"
     stages = [{**row, f"greatest_{unit}": fitting[row["deepspeed_config"]]} for row in rows]
     files = samples if data is None else len(training_files(recipe, data, split))
-    proposal = None if chosen is None else proposed(cuts, chosen, size, stages)
+    proposal = None if chosen is None else proposed(cuts, chosen, cut, stages)
+    facts = costs(recipe, machines, files)
     result = Plan(
-        facts=costs(recipe, machines, files),
+        facts=facts,
         stages=stages,
         proposal=proposal,
         command=None if proposal is None else command(name, overrides or {}, cuts, proposal, machines, data, split),
         problem=None if proposal is not None else shortage(recipe, stages, machines),
         margin=machines.margin,
+        remarks=remarks(cuts.recipe_of(cut), facts["seconds_per_step"]),
     )
     if not check:
         return result
     from tasks.plan_check import checked
 
-    return replace(result, checked=checked(recipe, cuts.micro(size)))
+    return replace(result, checked=checked(recipe, cuts.micro(cut)))
 
 
 def override_recipe(name: str | Path | Recipe, overrides: Mapping[str, Any] | None) -> Recipe:
@@ -239,12 +255,12 @@ def fits(recipe: Recipe, sharding: Sharding | None, machines: Machines) -> Any:
     return enough
 
 
-def proposed(cuts: Cuts, config: str, size: int, stages: Sequence[Mapping[str, Any]]) -> Proposal:
-    """Return the proposal of a configuration and a size."""
+def proposed(cuts: Cuts, config: str, cut: int, stages: Sequence[Mapping[str, Any]]) -> Proposal:
+    """Return the proposal of a configuration and a cut."""
     memory = next(row["memory_gb"] for row in stages if row["deepspeed_config"] == config)
-    recipe = cuts.recipe_of(size)
+    recipe = cuts.recipe_of(cut)
     chunk = getattr(recipe.objective, "chunk", None)
-    return Proposal(config, cuts.micro(size), recipe.train.accumulate, chunk, memory)
+    return Proposal(config, cuts.micro(cut), recipe.train.accumulate, chunk, memory)
 
 
 def costs(recipe: Recipe, machines: Machines, files: int | None) -> dict[str, Any]:
@@ -274,17 +290,49 @@ def costs(recipe: Recipe, machines: Machines, files: int | None) -> dict[str, An
     }
 
 
+def remarks(recipe: Recipe, seconds: float | None) -> list[str]:
+    """Return what the time of a step, where it is known, does not count."""
+    if seconds is None:
+        return []
+    twice = ["objective.chunk"] if getattr(recipe.objective, "chunk", None) is not None else []
+    twice += [
+        f"{recipe.prefix(name)}model.backbone.checkpointing"
+        for name, config in recipe.encoders.items()
+        if getattr(config.model.backbone, "checkpointing", None)
+    ]
+    found = []
+    if twice:
+        found.append(
+            f"the time is for operations of the model as it is written: {' and '.join(twice)} computes what it spares "
+            "again, up to a third more"
+        )
+    if seconds < SHORT:
+        found.append(
+            f"{duration(seconds)} per step is less than it takes to start kernels and to exchange gradients: expect "
+            "longer, or raise train.batch_size"
+        )
+    return found
+
+
+def fact(name: str, value: Any) -> tuple[str, str]:
+    """Return the name of a fact and its value as a person reads them."""
+    if name in DURATIONS:
+        words, unit = DURATIONS[name]
+        return words, duration(value * unit)
+    return name.replace("_", " "), in_words(value)
+
+
 def command(
     name: str | Path | Recipe, overrides: Mapping[str, Any], cuts: Cuts, proposal: Proposal, machines: Machines,
     data: str | Path | None, split: str | None,
 ) -> str:  # fmt: skip
     """Return the words that start a run as proposed."""
-    recipe = "RECIPE" if isinstance(name, Recipe) else str(name)
+    recipe = "RECIPE" if isinstance(name, Recipe) else shlex.quote(str(name))
     words = ["mmssl", "pretrain"]
     if proposal.deepspeed_config != ALONE:
         words = ["deepspeed", *launched(machines), "tasks/pretrain.py"]
-    words += [recipe, "--data", "PATH" if data is None else str(data), "--out", "RUN"]
-    words += [] if split is None else ["--split", split]
+    words += [recipe, "--data", "PATH" if data is None else shlex.quote(str(data)), "--out", "RUN"]
+    words += [] if split is None else ["--split", shlex.quote(split)]
     if proposal.deepspeed_config != ALONE:
         words += ["--deepspeed_config", proposal.deepspeed_config]
     settings = dict(overrides)
@@ -313,9 +361,11 @@ def quoted(key: str, value: Any) -> str:
 def shortage(recipe: Recipe, stages: Sequence[Mapping[str, Any]], machines: Machines) -> str:
     """Return a sentence of what is missing where nothing fits, and of the keys that help."""
     least = min(stages, key=lambda row: float(row["memory_gb"]))
+    if machines.usable <= 0:
+        return f"nothing fits: {machines.margin}; --memory says how much a rank has"
     missing = least["memory_gb"] - machines.usable
     what = f"{least['deepspeed_config']} with micro-batches of {least['micro_batch']}"
     return (
-        f"nothing fits: the least is {least['memory_gb']:.1f} GB ({what}), {missing:.1f} GB more than there is; "
+        f"nothing fits: the least is {size(least['memory_gb'])} ({what}), {size(missing)} more than there is; "
         f"{' or '.join(savers(recipe))} makes activations smaller, more ranks (--gpus) what ZeRO spreads"
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from mmssl.cost import Footprint, between
 from mmssl.errors import UserError
 from tasks.build import Recipe, measure_memory, sketch_objective
+from tasks.fit import dividing
 
 TOLERANCE = 0.01
 """By so much, relative, may a peak differ from the line through two others for lines to be trusted."""
@@ -87,9 +88,9 @@ def _part(recipe: Recipe, ranks: int) -> int:
     accumulate = recipe.train.accumulate if recipe.objective.several else 1
     least = ranks * accumulate * multiple
     if batch % least:
-        below, above = batch // least * least, (batch // least + 1) * least
-        words = f"{below} and {above} do" if below else f"{above} does"
         ways = f" x train.accumulate {accumulate}" if accumulate > 1 else ""
         pairs = f" into multiples of {multiple}" if multiple > 1 else ""
-        raise UserError(f"train.batch_size {batch} does not divide by {ranks} ranks{ways}{pairs}, but {words}")
+        raise UserError(
+            f"train.batch_size {batch} does not divide by {ranks} ranks{ways}{pairs}, but {dividing(batch, least)}"
+        )
     return batch // (ranks * accumulate)

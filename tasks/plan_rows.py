@@ -21,17 +21,22 @@ def planned(recipe: Recipe, foot: Footprint, sharding: Sharding | None) -> Memor
     return plan(foot, moments, recipe.train.ema is not None, sharding)
 
 
-def shardings(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Sharding | None]]:
-    """Yield what the state can be spread by over so many ranks, by the name of the configuration."""
+def shardings(recipe: Recipe, ranks: int, offload: bool = True) -> Iterator[tuple[str, Sharding | None]]:
+    """Yield what the state can be spread by over so many ranks, by the name of the configuration.
+
+    Without ``offload``, where the device is the host: its memory would be the same.
+    """
     from mmssl.engine.deepspeed_setup import system_config
 
     if ranks == 1:
         yield ALONE, None
     for name in CONFIGS if recipe.optim.name == "adamw" else ():
-        yield name, Sharding.of(system_config(name), ranks)
+        sharding = Sharding.of(system_config(name), ranks)
+        if offload or not sharding.offload:
+            yield name, sharding
 
 
-def stage_rows(recipe: Recipe, foot: Footprint, ranks: int, micro: int) -> list[dict[str, Any]]:
+def stage_rows(recipe: Recipe, foot: Footprint, ranks: int, micro: int, offload: bool = True) -> list[dict[str, Any]]:
     """Return the memory of a process, whole and by its parts in GB, under each configuration."""
     return [
         {
@@ -40,7 +45,7 @@ def stage_rows(recipe: Recipe, foot: Footprint, ranks: int, micro: int) -> list[
             "micro_batch": micro,
             **parts(planned(recipe, foot, sharding), foot, sharding),
         }
-        for name, sharding in shardings(recipe, ranks)
+        for name, sharding in shardings(recipe, ranks, offload)
     ]
 
 
@@ -66,15 +71,33 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return rows of plain values as a table for people; sizes are in GB."""
     made = Table(*(name.removesuffix("_gb").replace("_", " ") for name in rows[0]), box=None, pad_edge=False)
     for row in rows:
-        made.add_row(*(f"{value:.2f}" if isinstance(value, float) else in_words(value) for value in row.values()))
+        made.add_row(*(in_words(value, 3) for value in row.values()))
     return made
 
 
-def in_words(value: Any) -> str:
+def size(gigabytes: float) -> str:
+    """Return a size with its unit, in MB where GB would be small."""
+    return f"{gigabytes:,.1f} GB" if abs(gigabytes) >= 1 else f"{1e3 * gigabytes:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    """Return how long something takes, in the unit that a person would take."""
+    for unit, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: "1 step", "2 steps"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def in_words(value: Any, digits: int = 4) -> str:
     """Return a fact as a person reads it."""
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def savers(recipe: Recipe) -> list[str]:

@@ -13,9 +13,9 @@ SPREAD_NOTE = (
 )
 
 
-def health_sections(metrics: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Return the verdict, and a curve of the effective rank where it was measured."""
-    found = judge(metrics)
+def health_sections(metrics: Sequence[Mapping[str, Any]], steps: int | None = None) -> list[Section]:
+    """Return the verdict on a run of so many steps, and a curve of the effective rank where it was measured."""
+    found = judge(metrics, steps)
     words = "\n\n".join(f"{finding.what}. {finding.hint}." for finding in found.findings) or found.grounds
     sections: list[Section] = [Words(f"Health: {found.word}", words, HEALTH_NOTE)]
     names = [name for name in metrics[-1] if name.endswith("health.rank")]

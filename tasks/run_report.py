@@ -42,7 +42,7 @@ def run_sections(run: Run, shown: Listing, held_out: bool = False) -> list[Secti
     sections += pair_sections(metrics, recipe.train.batch_size // recipe.train.accumulate)
     if isinstance(objective, Reconstructs) and isinstance(recipe, EncoderRecipe):
         sections += reconstructions(recipe, objective, shown, held_out)
-    sections += health_sections(metrics)
+    sections += health_sections(metrics, run.steps)
     cost = cost_of(recipe)
     rates = [record["samples_per_s"] for record in metrics]
     waits = [record["wait"] for record in metrics]

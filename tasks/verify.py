@@ -18,12 +18,12 @@ from mmssl.cost import Memory, Sharding
 from mmssl.data import inline
 from mmssl.data.listing import Listing
 from mmssl.distributed import World
-from mmssl.engine.deepspeed_setup import system_config
+from mmssl.engine.deepspeed_setup import autocast_precision, system_config
 from mmssl.errors import UserError
 from tasks.batches import training_files
 from tasks.build import Recipe, deepspeed_settings, default_device, measure_memory, precision, sketch_objective
 from tasks.fit import check_batch, check_locked, inherited, learned
-from tasks.plan_rows import in_words, planned
+from tasks.plan_rows import counted, in_words, planned, size
 from tasks.verify_ranks import (
     MARGIN,
     MOMENT_TOLERANCE,
@@ -32,6 +32,7 @@ from tasks.verify_ranks import (
     Compared,
     Job,
     Reference,
+    accepted,
     compare,
     references,
 )
@@ -106,7 +107,8 @@ class Verification:
             table.add_row(*map(in_words, values), row.verdict)
         console.print(table)
         console.print(
-            f"Differences from one process on the whole batch, after {len(self.losses)} steps in {self.precision}. "
+            f"Differences from one process on the whole batch, after {counted(len(self.losses), 'step')} in "
+            f"{self.precision}. "
             f"Allowed are {self.loss_allowed:g} for the loss, {STATE_TOLERANCE:g} for weights, averages and buffers, "
             f"for moments {MOMENT_TOLERANCE:g} of their greatest value; or {MARGIN:g} times what rounding does, if "
             f"that is more: {self.floor:.2g} at most ({self.floor_tensor}).",
@@ -136,8 +138,11 @@ def verify(
     """
     with tempfile.TemporaryDirectory(prefix="mmssl-verify-") as folder:
         systems = {stage: f"zero{stage}" if stage in STAGES else stage for stage in zero}
-        check(recipe, steps, worlds, [*systems.values()])
+        short = check(recipe, steps, worlds, [*systems.values()])
         job = make_job(recipe, data, split, steps, Path(folder))
+        check_memory(short, worlds, [*systems.values()])
+        configs = {name: deepspeed_settings(short, World(), name) for name in systems.values()}
+        on_ranks(accepted, (configs,), 1, Path(folder))
         (found,) = on_ranks(references, ([job],), 1, Path(folder))
         rows = []
         for world in worlds:
@@ -194,9 +199,10 @@ def synthetic_text(words: Sequence[str], rng: np.random.Generator) -> str:
     return " ".join(f"{word}." if i % 6 == 5 else word for i, word in enumerate(chosen))
 
 
-def check(recipe: Recipe, steps: int, worlds: Sequence[int], systems: Sequence[str]) -> None:
-    """Say what will be done; raises UserError where the batch does not divide, or there is too little memory."""
+def check(recipe: Recipe, steps: int, worlds: Sequence[int], systems: Sequence[str]) -> Recipe:
+    """Return the recipe as the ranks take it; raises UserError where the batch or a configuration does not fit."""
     check_locked(recipe)
+    check_precision(recipe, systems)
     recipe = shortened(inherited(recipe), steps)
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"engine": "deepspeed"})})
     for world in worlds:
@@ -205,7 +211,22 @@ def check(recipe: Recipe, steps: int, worlds: Sequence[int], systems: Sequence[s
             raise UserError(f"--world {world}: there are {torch.cuda.device_count()} GPUs, and each rank takes one")
         for system in systems:
             deepspeed_settings(recipe, World(size=world), system)
-    check_memory(recipe, worlds, systems)
+    return recipe
+
+
+def check_precision(recipe: Recipe, systems: Sequence[str]) -> None:
+    """Raise UserError where a configuration decides the precision that the recipe leaves open.
+
+    The one process, which has no configuration, has to compute in the same.
+    """
+    usual = precision(recipe, default_device())
+    for system in systems if recipe.train.precision == "auto" else ():
+        asked = autocast_precision(system_config(system), system)
+        if asked not in (None, usual):
+            raise UserError(
+                f"{system} computes in {asked}, but one process, with train.precision=auto, in {usual} here; add "
+                f"train.precision={asked} to compare both in that"
+            )
 
 
 def check_memory(recipe: Recipe, worlds: Sequence[int], systems: Sequence[str]) -> None:
@@ -223,17 +244,18 @@ def check_memory(recipe: Recipe, worlds: Sequence[int], systems: Sequence[str]) 
         foot = measure_memory(recipe, objective, micro // world)
         for system in systems:
             memory = planned(recipe, foot, Sharding.of(system_config(system), world))
-            needs[f"{world} ranks under {system}"] = gigabytes(memory, world)
+            needs[f"{counted(world, 'rank')} under {system}"] = gigabytes(memory, world)
     name, most = max(needs.items(), key=lambda need: need[1])
     parameters = sum(parameter.numel() for parameter in objective.parameters())
+    where = f"{' and '.join(map(str, worlds))} {'rank' if worlds == [1] else 'ranks'} under {', '.join(systems)}"
     say(
-        f"{train.steps} steps of {train.batch_size} samples, {parameters:,} parameters: twice in one process, then on "
-        f"{' and '.join(map(str, worlds))} ranks under {', '.join(systems)}; up to {most:.2g} GB ({name})"
+        f"{counted(train.steps or 0, 'step')} of {counted(train.batch_size, 'sample')}, {parameters:,} parameters: "
+        f"twice in one process, then on {where}; up to {size(most)} ({name})"
     )
     free = (psutil.virtual_memory().available if here else torch.cuda.mem_get_info()[0]) / 1e9
     if most > free:
         raise UserError(
-            f"verify needs {most:.3g} GB ({name}), but {free:.3g} GB are free: lower train.batch_size or the model's "
+            f"verify needs {size(most)} ({name}), but {size(free)} are free: lower train.batch_size or the model's "
             "sizes, or raise train.accumulate"
         )
 
@@ -278,4 +300,4 @@ def parse_worlds(text: str) -> list[int]:
         worlds = []
     if not worlds or min(worlds) < 1:
         raise UserError(f"--world {text}: give numbers of ranks separated by commas, such as 1,2")
-    return worlds
+    return list(dict.fromkeys(worlds))

@@ -4,7 +4,7 @@ One process takes them with the torch engine on the whole batch, and once more f
 bits: the twin. Its distance tells how far rounding alone may carry each tensor. Then ranks take them with DeepSpeed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,7 @@ from mmssl.engine import Engine
 from mmssl.engine.loop import Hooks, ignore, train
 from mmssl.engine.precision import Precision
 from mmssl.engine.schedule import WarmupCosine
+from mmssl.errors import UserError
 from mmssl.files import save_tensors
 from tasks.batches import make_batches
 from tasks.build import Recipe, build_engine, build_objective, deepspeed_settings, default_device, parse_recipe
@@ -112,6 +113,18 @@ class Compared(NamedTuple):
     worst: Difference
     different: int
     """How many tensors differ by more than is allowed."""
+
+
+def accepted(configs: Mapping[str, Any]) -> None:
+    """Raise UserError, with its name, for a configuration that DeepSpeed refuses, before anything is computed."""
+    join(world())
+    from mmssl.engine.deepspeed_engine import accept
+
+    for name, config in configs.items():
+        try:
+            accept(config)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
 
 
 def references(jobs: Sequence[Job]) -> list[Reference]:

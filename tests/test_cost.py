@@ -191,6 +191,8 @@ def test_sharding_is_read_from_deepspeeds_configuration():
     offloaded = Sharding.of(system_config("zero3_offload"), 8)
     assert offloaded == Sharding(3, 8, offload=True, bucket=50_000_000, prefetch=50_000_000)
     assert Sharding.of({"zero_optimization": {"stage": 1, "offload_optimizer": None}}, 8) == Sharding(1, 8)
+    undecided = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": None}
+    assert Sharding.of({"zero_optimization": undecided}, 8) == Sharding(3, 8)
 
 
 def test_a_dry_run_tells_its_parts():

@@ -4,13 +4,13 @@ Importing this imports DeepSpeed: call ``mmssl.engine.deepspeed_setup.connect`` 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -168,8 +168,21 @@ class DeepSpeedEngine:
 
 
 def _initialize(objective: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    try:
+    with refusals():
         return deepspeed.initialize(model=objective, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def accept(config: Mapping[str, Any]) -> None:
+    """Raise UserError where DeepSpeed refuses a key of the configuration that ``merge`` returned."""
+    with refusals():
+        DeepSpeedConfig(dict(config))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn what DeepSpeed says of a configuration that it refuses into a sentence."""
+    try:
+        yield
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -65,16 +65,7 @@ def system_config(path_or_name: str) -> dict[str, Any]:
         raise UserError(f"{path_or_name}: not readable as JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path_or_name}: a DeepSpeed configuration is a JSON object, not a {type(config).__name__}")
-    check_system(config, path_or_name)
     return config
-
-
-def check_system(config: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for a key that DeepSpeed does not know, and for a ``zero_optimization`` that is none."""
-    for key in config:
-        if key not in KEYS:
-            raise UserError(f"{where}: DeepSpeed knows no key '{key}'{nearest(key, KEYS)}")
-    _check_zero(config, where)
 
 
 def merge(
@@ -90,6 +81,9 @@ def merge(
     ``micro_batch`` is samples per rank and micro-step. A key that is the recipe's may be absent, "auto" or equal to the
     recipe's; otherwise UserError names both places (``where`` is the JSON's).
     """
+    for key in system:
+        if key not in KEYS:
+            raise UserError(f"{where}: DeepSpeed knows no key '{key}'{nearest(key, KEYS)}")
     config = dict(system)
     decided: dict[str, tuple[float, str]] = {
         "train_batch_size": (micro_batch * accumulate * world().size, "train.batch_size"),

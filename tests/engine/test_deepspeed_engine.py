@@ -267,6 +267,7 @@ def test_unreadable_configurations_are_one_sentence(tmp_path, text, words):
 def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(UserError, match="did you mean 'zero2'"):
         system_config("zeor2")
+    assert system_config("zero2.json") == system_config("zero2")
 
 
 @pytest.mark.parametrize(
@@ -284,6 +285,8 @@ def test_an_unknown_name_gets_the_nearest():
         ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps", "train.accumulate"]),
         ({"gradient_clipping": 1.0}, ["gradient_clipping", "optim.clip"]),
         ({"zero_optimization": {"stage": 4}}, ["stage"]),
+        ({"zero_optimisation": {"stage": 2}}, ["'zero_optimisation'", "did you mean 'zero_optimization'"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, ["offload_optimizer", "object", "'cpu'"]),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["nvme"]),
     ],
 )

@@ -16,7 +16,7 @@ from tasks.cli import main
 from tasks.plan import cards, plan, processors
 from tasks.plan_check import Case, row, traced
 from tasks.plan_cuts import Cuts
-from tasks.plan_rows import ALONE, CONFIGS, planned, shardings
+from tasks.plan_rows import ALONE, CONFIGS, counted, duration, planned, shardings, size
 
 SMALL = {"model.backbone": {"dim": 64, "depth": 1, "num_heads": 2}, "objective.decoder": {"dim": 32, "depth": 1}}
 ENDLESS = {"signal.size": [16, 16], "model.tokenizer.patch_size": [4, 4], **SMALL}
@@ -101,10 +101,44 @@ def test_where_nothing_fits_the_sentence_says_what_is_missing_and_what_helps():
     found = plan("image-mae-tiny", TINY, machines=small(8, memory=0.0001))
     assert found.proposal is None
     least = min(row["memory_gb"] for row in found.stages)
-    assert f"{least:.1f} GB" in found.problem
+    assert f"the least is {1e3 * least:.3g} MB" in found.problem
     assert "model.backbone.checkpointing=true" in found.problem
     again = plan("image-mae-tiny", {**TINY, "model.backbone.checkpointing": True}, machines=small(8, memory=0.0001))
     assert "checkpointing" not in again.problem
+    none = plan("image-mae-tiny", TINY, machines=cards(8, "h100", 1.0, None, 0.4)).problem
+    assert none.startswith("nothing fits: 1.0 GB are less than CUDA, cuBLAS and NCCL and")
+
+
+@pytest.mark.usefixtures("quick")
+def test_processes_without_cards_offload_nothing():
+    found = plan("image-mae-tiny", TINY, machines=processors(2, 0.9, 0.1, 0.5))
+    assert [row["deepspeed_config"] for row in found.stages] == ["zero0", "zero1", "zero2", "zero3"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_the_time_leaves_out_is_said():
+    chunked = {**TINY, "model.backbone.checkpointing": True}
+    short, long = (plan("image-mae-tiny", chunked, machines=small(2, tflops=t)).remarks for t in (1000.0, 1e-3))
+    assert "model.backbone.checkpointing computes what it spares again" in long[0]
+    assert len(long) == 1
+    assert "per step is less than" in short[1]
+    assert plan("image-mae-tiny", TINY, machines=small(2, tflops=1e-3)).remarks == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_names_of_files_are_quoted_in_the_words_to_type(tmp_path):
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"")
+    found = plan("image-mae-tiny", TINY, machines=small(2), data=folder)
+    assert str(folder) in shlex.split(found.command)
+
+
+def test_sizes_and_durations_have_units_that_people_take():
+    assert [size(x) for x in (0.0123, 0.5, 12.34, 1234.5)] == ["12.3 MB", "500 MB", "12.3 GB", "1,234.5 GB"]
+    seconds = (0.0021, 1.5, 600, 7300, 400_000)
+    assert [duration(x) for x in seconds] == ["2.1 ms", "1.5 s", "10 minutes", "2.03 hours", "4.63 days"]
+    assert [counted(n, "step") for n in (1, 2000)] == ["1 step", "2,000 steps"]
 
 
 def test_what_compares_samples_is_cut_into_chunks_and_never_accumulated(materials):
@@ -157,6 +191,8 @@ def test_sizes_that_are_not_on_a_line_are_traced(monkeypatch):
         (["--gpu", "v100", "train.precision=bf16"], "v100 does not have"),
         (["--samples", "5", "--data", "."], "one of them"),
         (["optim.name=sgd"], "'adamw' alone"),
+        (["--split", "train"], "give --data too"),
+        (["--cpu", "--gpu", "a100"], "--cpu is for processes without cards"),
     ],
 )
 def test_mistakes_get_one_sentence(options, words, capsys):
@@ -174,7 +210,7 @@ def test_the_command_prints_json_or_tables_and_fails_where_nothing_fits(capsys):
     assert page["proposal"]["micro_batch"] == 128
     assert {row["deepspeed_config"] for row in page["stages"]} == set(CONFIGS)
     assert main(["plan", "image-mae-tiny", *settings, "--cpu", "--memory", "0.7"]) in (0, 1)
-    assert "0.6 GB are for the libraries" in capsys.readouterr().out
+    assert "700 MB are less than the libraries" in capsys.readouterr().out
     assert main(["plan", "image-mae-tiny", *settings, "--memory", "1.6"]) == 1
     assert "nothing fits" in capsys.readouterr().out
 
@@ -221,4 +257,4 @@ def test_a_plan_is_printed_within_the_page():
     plan("image-mae-tiny", TINY, machines=processors(1, 4.0, 0.1, 0.5)).render(console)
     page = console.export_text()
     assert "proposed: one process without DeepSpeed" in page
-    assert "days" in page
+    assert "time in all" in page

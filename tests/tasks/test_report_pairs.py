@@ -67,7 +67,7 @@ def test_a_run_of_towers_has_it_all(tmp_path):
     run = Run(untrained(tmp_path / "run", "image", "text"))
     run.metrics = lambda: metrics("text")
     sections = {section.title: section for section in run_sections(run, None)}
-    assert [*sections] == ["Loss", "Accuracy both ways", "Scale", "Health: healthy", "Cost", "Recipe"]
+    assert [*sections] == ["Loss", "Accuracy both ways", "Scale", "Health: unknown", "Cost", "Recipe"]
     assert sections["Accuracy both ways"].series["by chance"][1] == [1 / 2] * 3  # batches of two
     recipe, _ = load_objective(run.path)
     assert sections["Recipe"].text == recipe.as_yaml()

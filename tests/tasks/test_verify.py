@@ -10,7 +10,7 @@ import torch
 from modalities.encoder import MODALITIES
 from tasks.batches import training_files
 from tasks.build import load_recipe, parse_recipe
-from tasks.verify import STAGES, make_job, make_row, on_ranks, synthetic_listing
+from tasks.verify import STAGES, make_job, make_row, on_ranks, parse_worlds, synthetic_listing
 from tasks.verify_ranks import compare, references
 
 SYSTEMS = [f"zero{stage}" for stage in STAGES]
@@ -154,7 +154,10 @@ def test_a_difference_is_printed_and_is_exit_code_1(ask, materials, monkeypatch)
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--world", "3"], "train.batch_size 8 does not divide by 3 ranks x train.accumulate 1"),
+        (["--world", "3"], "train.batch_size 8 does not divide by 3 ranks x train.accumulate 1, but 6 and 9 do"),
+        (["--split", "train"], "give --data too"),
+        (["--zero", "zero2_fp16"], "add train.precision=fp16"),
+        (["--out", "."], "--out . is a folder"),
         (["--world", "0"], "--world 0: give numbers of ranks"),
         (["--world", "two"], "--world two: give numbers of ranks"),
         (["--zero", "4"], "4 is neither a DeepSpeed JSON file nor the name of a shipped one"),
@@ -168,6 +171,30 @@ def test_what_cannot_be_verified_is_told_before_anything_starts(ask, materials, 
     code, out, said = ask("verify", materials["image"].recipe, *settings, *words)
     assert (code, out) == (2, "")
     assert sentence in said
+
+
+@pytest.mark.parametrize(
+    ("system", "words"),
+    [
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}, "reduce_bucket_size"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+    ],
+)
+def test_what_deepspeed_refuses_is_told_before_a_step_and_names_the_file(
+    ask, materials, monkeypatch, tmp_path, system, words
+):
+    monkeypatch.setattr("tasks.verify.references", None)
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(system))
+    settings = [f"{key}={json.dumps(value)}" for key, value in materials["image"].settings.items()]
+    code, out, said = ask("verify", materials["image"].recipe, *settings, "--zero", file, "--world", "2")
+    assert (code, out) == (2, "")
+    assert str(file) in said
+    assert words in said.splitlines()[-1]
+
+
+def test_a_number_of_ranks_is_taken_once():
+    assert parse_worlds("2,1,2") == [2, 1]
 
 
 def test_synthetic_rows_have_what_each_modality_may_lack_and_must_agree_in(materials):

@@ -258,7 +258,7 @@ class Sharding:
 
         def elements(key: str, default: int) -> int:
             value = zero.get(key)
-            return default if value in (None, "auto") else int(value)
+            return int(value) if isinstance(value, int | float) else default  # "auto"; DeepSpeed refuses the rest
 
         return cls(
             stage=zero.get("stage", 0),

@@ -139,8 +139,10 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="mmssl-verify-") as folder:
         systems = {stage: f"zero{stage}" if stage in STAGES else stage for stage in zero}
         short = check(recipe, steps, worlds, [*systems.values()])
-        job = make_job(recipe, data, split, steps, Path(folder))
+        if data is not None:
+            training_files(short, data, split)  # what is wrong with them is told before anything is announced
         check_memory(short, worlds, [*systems.values()])
+        job = make_job(recipe, data, split, steps, Path(folder))
         configs = {name: deepspeed_settings(short, World(), name) for name in systems.values()}
         on_ranks(accepted, (configs,), 1, Path(folder))
         (found,) = on_ranks(references, ([job],), 1, Path(folder))

@@ -111,9 +111,9 @@ class Service:
         self.reader = subprocess.Popen(["cat"], stdin=self.process.stderr, stdout=subprocess.DEVNULL)
 
     def cpu(self) -> float:
-        """Return the seconds of processor time that the service and its decoders have taken."""
+        """Return the seconds of processor time that the service and its decoders, ended ones too, have taken."""
         one = psutil.Process(self.process.pid)
-        return sum(part.cpu_times().user + part.cpu_times().system for part in (one, *one.children(recursive=True)))
+        return sum(sum(part.cpu_times()[:4]) for part in (one, *one.children(recursive=True)))
 
     def stop(self) -> int:
         """Stop it and return its exit code."""

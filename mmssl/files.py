@@ -83,6 +83,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
         aside.write_text(to_json(data, indent=2) + "\n", encoding="utf-8")
 
 
+def legible(text: str) -> str:
+    """Return a file's name as something that can be drawn: bytes that are no text, and control characters, escaped."""
+    whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in whole)
+
+
 def to_json(data: Any, indent: int | None = None) -> str:
     """Return data as JSON that every reader takes: null for NaN and infinities, which JSON does not know."""
     return json.dumps(_finite(data), indent=indent, allow_nan=False)

@@ -1,30 +1,15 @@
 """The run folder: what a run writes, where, and how it says how it is doing."""
 
-import fcntl
 import json
-import os
 from pathlib import Path
-from typing import Any, Literal, Self, TextIO
+from typing import Any, Literal, Self
 
 from mmssl.config import dump_yaml
 from mmssl.errors import UserError
 from mmssl.files import replacing_file, to_json, write_json
+from mmssl.locks import Lock
 
 State = Literal["running", "done", "stopped", "failed"]
-
-HELD: set[TextIO] = set()
-"""Files whose locks keep other processes out of folders."""
-
-
-def _let_go() -> None:
-    # A lock is there for as long as any process has the file open: data workers and decoders, which are forks of the
-    # one that holds it and outlive it for seconds when it is killed, must not.
-    for file in HELD:
-        file.close()
-    HELD.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
 
 
 class Run:
@@ -42,7 +27,7 @@ class Run:
         self.ledger_file = self.path / "ledger.jsonl"
         self.config_file = self.path / "config.yaml"
         self.report_file = self.path / "report.html"
-        self._held: TextIO | None = None
+        self._held: Lock | None = None
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the folder and write the resolved configuration; UserError where something is in the way."""
@@ -61,13 +46,10 @@ class Run:
 
     def hold(self) -> None:
         """Keep other processes out of the folder for as long as this one lives; UserError where one is in it."""
-        self._held = (self.path / ".lock").open("a")
-        HELD.add(self._held)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        self._held = Lock(self.path / ".lock")
+        if not self._held.take():
             self.__exit__()
-            raise UserError(f"{self.path}: another process is writing this run; wait for it or stop it") from None
+            raise UserError(f"{self.path}: another process is writing this run; wait for it or stop it")
 
     def __enter__(self) -> Self:
         return self
@@ -75,8 +57,7 @@ class Run:
     def __exit__(self, *_error: object) -> None:
         """Let other processes in again."""
         if self._held is not None:
-            HELD.discard(self._held)
-            self._held.close()
+            self._held.release()
 
     def encoder_folder(self, modality: str, alone: bool) -> Path:
         """Return where an encoder goes: ``encoder/``, or ``encoder-MODALITY/`` where there are several."""

@@ -55,7 +55,7 @@ class Verdict(NamedTuple):
 
     def __str__(self) -> str:
         parts = [str(finding) for finding in self.findings] or [self.grounds]
-        return f"{self.word}: {'; '.join(parts)}"
+        return f"{'health unknown' if self.word == 'unknown' else self.word}: {'; '.join(parts)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mmssl.uncompiled import uncompiled
+
 PREEMPHASIS = 0.97
 FLOOR = torch.finfo(torch.float32).eps
 """Kaldi's least mel energy; its logarithm, -15.94, is silence."""
@@ -94,7 +96,7 @@ class LogMel(nn.Module):
         return [700 * math.expm1((low + (i + 1) * spacing) / 1127) for i in range(self.mels)]
 
     # Not compiled: the loop over slices that fit the cache would be unrolled, and take minutes.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> Tensor:
         """Return the natural logarithms of mel energies, float32 [B, mels, frames], of waveforms [B, samples].

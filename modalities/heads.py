@@ -16,17 +16,21 @@ FORMAT = 1
 
 
 class Reader(Protocol):
-    """What knows how files become signals, and how many of them it takes at once."""
+    """What knows how files become signals."""
 
     @property
     def decode(self) -> Callable[[str], Any]:
-        """What decodes a file."""
+        """What decodes a file; picklable, because data workers call it."""
         ...
 
     @property
     def transform(self) -> Callable[[Any], Tensor]:
-        """What makes a decoded file an evaluation signal, float32 [C, *size]."""
+        """What makes a signal of it, float32 [C, *size], or several views, [V, C, *size]; picklable."""
         ...
+
+
+class BatchReader(Reader, Protocol):
+    """The same, and how many of them it takes at once."""
 
     @property
     def batch_size(self) -> int:
@@ -37,7 +41,7 @@ class Reader(Protocol):
 class OnEncoder:
     """What stands on an encoder, or on something else that does, and reads files as that does: its ``reader``."""
 
-    reader: Reader
+    reader: BatchReader
 
     @property
     def decode(self) -> Callable[[str], Any]:

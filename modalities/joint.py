@@ -4,18 +4,19 @@ import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mmssl.config import Piece, validate
+from mmssl.contracts import Modality
 from mmssl.data.guard import guarded
 from mmssl.errors import UnusableData, UserError, nearest
 from mmssl.files import digest
 from mmssl.objectives.clip import SIGMOID_BIAS, Loss, Temperature, projection, unit
-from modalities.encoder import MODALITIES, encoder_folder, load
+from modalities.encoder import MODALITIES, Encoder, encoder_folder, load
 from modalities.heads import OnEncoder, has_head, read_head, write_head
 from modalities.views import in_groups, over_views
 
@@ -80,6 +81,11 @@ class JointEncoder(OnEncoder):
     def modality(self) -> str:
         """The encoder's."""
         return self.encoder.modality
+
+    @property
+    def kind(self) -> Modality:
+        """The encoder's."""
+        return self.encoder.kind
 
     @property
     def dim(self) -> int:
@@ -174,6 +180,25 @@ def joint_encoders(path: str | Path) -> dict[str, JointEncoder]:
             "copy the run as a whole"
         )
     return {name: found[name] for name in towers}
+
+
+Tower: TypeAlias = Encoder | JointEncoder
+"""What turns files of one modality into vectors, with or without others of its space."""
+
+
+def towers(path: str | Path) -> dict[str, Tower]:
+    """Return what is in a folder, by modality: the towers of a run, one of them, or an encoder alone.
+
+    Raises UserError, one sentence, where there is none.
+    """
+    run = Path(path)
+    if has_head(run, NAME):
+        one = JointEncoder(run)
+        return {one.modality: one}
+    if any(has_head(run / f"encoder-{name}", NAME) for name in MODALITIES):
+        return dict(joint_encoders(run))
+    alone = load(run)
+    return {alone.modality: alone}
 
 
 def check_together(encoders: Mapping[str, JointEncoder], path: str | Path) -> None:

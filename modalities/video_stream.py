@@ -41,6 +41,11 @@ ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 """The names of a Windows Media file's header and of the object in it that holds the file's size (ASF, section 3.2)."""
 ASF_HEADER = 65536
 """Bytes in front of a Windows Media file among which that object is looked for."""
+FORMATS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,h264,hevc,m4v,gif,dv,mxf,nut,ivf,rm,wav,mp3,flac,aac"
+"""What is opened, by content: files that hold their frames, or sounds, themselves. Lists of other files (HLS, DASH,
+concat, VobSub) and descriptions of streams (SDP) would have FFmpeg open what they name, whatever that is."""
+LISTS = (b"#", b"<", b"ffconcat", b"v=")
+"""How such lists begin."""
 BRIEF = 0.1
 """Seconds that may be missing at the end beside two frames: a last one may have no duration, and times are rounded."""
 
@@ -195,6 +200,10 @@ class Decord:
 
         wanted = [self._first + index for index in checked(indices, self.frames)]
         height, width = (-1, -1) if size is None else size
+        # What FFmpeg may open cannot be said to decord's own copy of it, which might take a file for another kind.
+        with Path(self._path).open("rb") as stream:
+            if stream.read(64).lstrip().startswith(LISTS):
+                raise BrokenFile("not a video")
         reader = decord.VideoReader(self._path, width=width, height=height, num_threads=1)
         if len(reader) != self._listed:
             raise BrokenFile(f"decord finds {len(reader)} of {self._listed} frames")
@@ -207,7 +216,7 @@ class Decord:
 @contextmanager
 def _opened(path: str) -> Iterator[File]:
     try:
-        container = av.open(path)
+        container = av.open(path, options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
     except (FileNotFoundError, PermissionError):
         raise
     except av.FFmpegError:

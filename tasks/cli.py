@@ -210,6 +210,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         code = app(list(arguments), prog_name="mmssl", standalone_mode=False)
+        if code == 130:  # what Typer makes of Ctrl-C
+            complain("interrupted")
         return code if isinstance(code, int) else 0
     except UsageError as error:
         complain(error.format_message() if hasattr(error, "format_message") else str(error))

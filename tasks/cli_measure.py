@@ -234,6 +234,7 @@ def embed(
     from modalities.joint import JointEncoder
     from tasks.embed import embed as run
     from tasks.embed import embed_frames
+    from tasks.files_bar import FilesBar
     from tasks.frames import SoundFrames
 
     if frames and joint:
@@ -245,7 +246,9 @@ def embed(
     if frames:
         emit(embed_frames(SoundFrames(loaded), listing, out, label_column, skip_broken=skip_broken), as_json, signal)
     else:
-        emit(run(tower or loaded, listing, out, label_column, skip_broken=skip_broken), as_json, signal)
+        with FilesBar() as bar:
+            result = run(tower or loaded, listing, out, label_column, skip_broken=skip_broken, progress=bar)
+        emit(result, as_json, signal)
 
 
 def show(

@@ -1,7 +1,5 @@
 """The command that serves an encoder over HTTP; ``tasks.cli`` puts it on the command line."""
 
-import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +9,6 @@ from mmssl.errors import UserError
 from tasks.cli_options import EncoderPath
 
 MIB = 2**20
-SPEAK_SECONDS = 10.0
 
 
 def serve(
@@ -39,6 +36,7 @@ def serve(
 ) -> None:
     """Answer over HTTP: zero-shot names, vectors and search, with a page for the browser and its documentation."""
     try:
+        from tasks.files_bar import FilesBar
         from tasks.serve import serve as run
         from tasks.serve_limits import Limits
     except ModuleNotFoundError as error:
@@ -57,27 +55,16 @@ def serve(
         batch=batch,
         window=window_ms / 1000,
     )
-    run(
-        encoder,
-        data=data,
-        index=index,
-        modality=modality,
-        refresh=refresh,
-        progress=_Spoken(),
-        host=host,
-        port=port,
-        token=token,
-        limits=limits,
-    )
-
-
-class _Spoken:
-    """Says on stderr now and then how many files are embedded."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.last > SPEAK_SECONDS:
-            self.last = time.monotonic()
-            print(f"mmssl: embedding {done:,} of {total:,} files", file=sys.stderr, flush=True)
+    with FilesBar() as bar:
+        run(
+            encoder,
+            data=data,
+            index=index,
+            modality=modality,
+            refresh=refresh,
+            progress=bar,
+            host=host,
+            port=port,
+            token=token,
+            limits=limits,
+        )

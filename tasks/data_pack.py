@@ -11,9 +11,7 @@ import fcntl
 import io
 import json
 import os
-import signal
 import tarfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -34,11 +32,12 @@ from mmssl.data.ledger import Ledger
 from mmssl.data.shards import FACTS, checksum, fault, read_facts, right
 from mmssl.data.tables import UNFINISHED
 from mmssl.data.tars import TarMember, scan
-from mmssl.errors import Stopped, UserError
+from mmssl.errors import UserError
 from mmssl.files import replacing_file, to_json, write_json
 from modalities.encoder import MODALITIES
 from tasks.pack_plan import PackSample, Plan, make_plan
 from tasks.parallel import Outcome, each_file
+from tasks.stopping import stopping
 from tasks.writer import say
 
 LEDGER = "ledger.jsonl"
@@ -136,7 +135,7 @@ def pack(
     with _held(destination):
         finished = _prepare(path, destination, facts, plan)
         kept = len(finished)
-        with _stopping(finished):
+        with stopping(lambda: f"stopped after {len(finished)} shards; run the same command again to go on"):
             _write(plan, destination, finished, workers, timeout)
         shards = [finished[i] for i in range(len(plan.shards))]
         rows = _finish(plan, destination, facts, shards)
@@ -167,28 +166,6 @@ def _held(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} is being packed by another process; wait for it or stop it") from None
     finally:
         os.close(handle)
-
-
-@contextmanager
-def _stopping(finished: Mapping[int, Any]) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into Stopped, which says what is there."""
-
-    def stop(signum: int, _frame: Any) -> None:
-        # Not an Exception: what reads files takes those for broken files.
-        raise KeyboardInterrupt(signum)
-
-    in_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        signum = int(error.args[0]) if error.args else signal.SIGINT
-        words = f"stopped after {len(finished)} shards; run the same command again to go on"
-        raise Stopped(words, signum) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _write(

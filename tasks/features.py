@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from mmssl.distributed import world
 from mmssl.errors import UnusableData, UserError
 from mmssl.files import cache_folder, replacing_file, save_tensors
 from mmssl.pulse import beat
+from modalities.heads import BatchReader, Reader
 
 CacheFolder = Path | Literal["auto"] | None
 """Where features are kept: a folder, ``default_cache()`` or nowhere."""
@@ -34,27 +34,8 @@ ReportProgress = Callable[[int, int], None]
 """Called with (files done, files in all) after every batch."""
 
 
-class Reader(Protocol):
-    """What makes signals of files."""
-
-    @property
-    def decode(self) -> Callable[[str], Any]:
-        """Read one file; picklable, because data workers call it."""
-        ...
-
-    @property
-    def transform(self) -> Callable[[Any], Tensor]:
-        """Turn what was decoded into a float32 signal [C, *size], or several views [V, C, *size]; picklable."""
-        ...
-
-
-class Extractor(Reader, Protocol):
+class Extractor(BatchReader, Protocol):
     """What features are computed with: an Encoder, or anything that reads files and maps signals to vectors."""
-
-    @property
-    def batch_size(self) -> int:
-        """How many signals to take at once."""
-        ...
 
     def features(self, signal: Tensor) -> Tensor:
         """Map signals [B, C, *size] to vectors [B, D], without gradients."""
@@ -65,27 +46,12 @@ class Extractor(Reader, Protocol):
         ...
 
 
-class Preprocessing(Protocol):
+class Preprocessing(BatchReader, Protocol):
     """What ``RawPixels`` needs of an encoder."""
 
     @property
     def preprocess(self) -> dict[str, Any]:
         """The settings of decoding and transform."""
-        ...
-
-    @property
-    def decode(self) -> Callable[[str], Any]:
-        """As ``Extractor.decode``."""
-        ...
-
-    @property
-    def transform(self) -> Callable[[Any], Tensor]:
-        """As ``Extractor.transform``."""
-        ...
-
-    @property
-    def batch_size(self) -> int:
-        """As ``Extractor.batch_size``."""
         ...
 
 
@@ -108,7 +74,7 @@ class RawPixels:
 class DecodeOnly:
     """Stands in for an encoder where files are to be read and nothing is to be computed: vectors of no numbers."""
 
-    def __init__(self, encoder: "Extractor") -> None:
+    def __init__(self, encoder: BatchReader) -> None:
         self.decode, self.transform, self.batch_size = encoder.decode, encoder.transform, encoder.batch_size
 
     def features(self, signal: Tensor) -> Tensor:
@@ -282,20 +248,10 @@ def finite(vectors: Tensor, paths: Sequence[str]) -> Tensor:
 
 def _key(encoder: Extractor, listing: Listing) -> str:
     digest = hashlib.sha256(encoder.fingerprint().encode())
-    state = memoized(_state)  # thousands of files are in one shard
+    stamped = memoized(stamp)  # thousands of files are in one shard
     for path in listing.paths:
-        digest.update(json.dumps([path, *state(container(file_of(path)))]).encode())
+        digest.update(json.dumps([path, *stamped(container(file_of(path)))]).encode())
     return digest.hexdigest()
-
-
-def _state(file: str) -> list[Any]:
-    # Of a folder of frames, that of every frame: one that is replaced leaves the folder's own as it was.
-    try:
-        if os.path.isdir(file):  # noqa: PTH112 - a Path per file is slow for a million files
-            return [[entry.name, *_state(entry.path)] for entry in sorted(os.scandir(file), key=lambda e: e.name)]
-    except OSError:
-        return [None, None]
-    return stamp(file)
 
 
 def _read(file: Path, count: int) -> Tensor | None:

@@ -13,7 +13,8 @@ from mmssl.data.listing import Listing
 from mmssl.errors import UserError
 from modalities.abilities import Sounds
 from modalities.encoder import Encoder
-from tasks.features import Reader, finite, signals
+from modalities.heads import Reader
+from tasks.features import finite, signals
 
 WHOLE = 1e9
 """Seconds above which an encoder's transform would cut a sound into pieces: no sound is as long."""

@@ -117,9 +117,3 @@ def _unbroken(function: Callable[[str], T], path: str, timeout: float) -> T:
         return guarded(function, path, timeout)
     except BrokenFile as error:
         raise UnusableData(f"{path}: {error.reason}") from None
-
-
-def legible(text: str) -> str:
-    """Return a file's name as something that can be drawn: bytes that are no text, and control characters, escaped."""
-    whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in whole)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from mmssl.data.listing import Listing
 from mmssl.errors import UserError
+from mmssl.files import legible
 from modalities.encoder import Encoder
 from tasks.embed import labels_of
 from tasks.features import extract
 from tasks.knn import neighbours
-from tasks.panels import Block, Files, Line, Panel, Shot, arranged, legible, read_signal
+from tasks.panels import Block, Files, Line, Panel, Shot, arranged, read_signal
 from tasks.panels_media import view_of
 
 

@@ -6,10 +6,11 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from mmssl.files import legible
 from modalities.abilities import Moves, Sounds
 from modalities.joint import JointEncoder
 from tasks.knn import neighbours
-from tasks.panels import Block, Line, Panel, Shot, legible, read_signal
+from tasks.panels import Block, Line, Panel, Shot, read_signal
 from tasks.panels_media import view_of
 from tasks.panels_page import Page, Style, fit, shorten, wrap
 from tasks.report import Picture, Section, Strip

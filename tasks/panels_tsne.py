@@ -17,7 +17,8 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from mmssl.errors import UnusableData, UserError, nearest
-from tasks.panels import Block, Line, Panel, Shot, legible
+from mmssl.files import legible
+from tasks.panels import Block, Line, Panel, Shot
 from tasks.panels_page import DPI, INK, SOFT, rasterize
 from tasks.writer import say
 

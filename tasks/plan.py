@@ -165,6 +165,9 @@ class Plan:
         console.print(f"{self.margin}.", soft_wrap=True)
         if self.facts["days"] is None:
             console.print("How long it takes: --samples N or --data PATH, and for other cards --tflops, tell.")
+        if self.facts["mfu"] is not None:
+            # So that nobody takes them for measured.
+            console.print(f"The cards and a share of {self.facts['mfu']:.0%} of their peak are assumed: --gpu, --mfu.")
         for remark in self.remarks:
             console.print(f"{remark}.", soft_wrap=True)
         if self.checked:

@@ -99,6 +99,8 @@ class Strip:
     note: str
     columns: Sequence[Sequence[tuple[str, Shown]]]
     stacked: bool = False
+    narrow: bool = True
+    """Whether many columns may be narrow, so that more of them stand in a line."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,8 @@ def _strip(strip: Strip) -> str:
     columns = "\n".join(f"<li>{''.join(_captioned(*one) for one in column)}</li>" for column in strip.columns)
     of = max(map(len, strip.columns)) if strip.stacked else len(strip.columns)
     kind = "strip stacked" if strip.stacked else "strip"
-    return f'<ol class="{kind}" style="--of: {of}; --lines: {lines}">\n{columns}\n</ol>'
+    least = "4.75rem" if strip.narrow else "9rem"
+    return f'<ol class="{kind}" style="--of: {of}; --lines: {lines}; --least: {least}">\n{columns}\n</ol>'
 
 
 def _captioned(caption: str, shown: Shown) -> str:

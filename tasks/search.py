@@ -1,5 +1,6 @@
 """Search in one's own files, by words where an encoder has learned them and by example in any case."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from rich.table import Table
 
 from mmssl.data import inline
 from mmssl.errors import UserError
-from modalities.encoder import Encoder
+from mmssl.files import legible
 from tasks.features import ReportProgress
-from tasks.search_index import Hit, Refreshed, SearchIndex, Tower, check_asked, check_top
+from tasks.search_index import Hit, Refreshed, SearchIndex, check_asked, check_top
 
 NAMED = 5
 """So many broken files are named where people read; JSON has all of them."""
@@ -45,7 +46,13 @@ class SearchResult:
             "modality": self.modality,
             "results": [dict(hit) for hit in self.hits],
             "files": self.files,
-            "refreshed": done and {"embedded": done.embedded, "kept": done.kept, "dropped": done.dropped},
+            "refreshed": done
+            and {
+                "embedded": done.embedded,
+                "kept": done.kept,
+                "dropped": done.dropped,
+                "broken": len(done.broken),
+            },
             "skipped": [{"path": path, "reason": reason} for path, reason in self.skipped],
             "out": None if self.out is None else str(self.out),
         }
@@ -57,7 +64,7 @@ class SearchResult:
         table.add_column("score", justify="right")
         table.add_column("file", overflow="fold")
         for rank, hit in enumerate(self.hits, 1):
-            table.add_row(str(rank), f"{hit['score']:.3f}", escape(hit["path"]))
+            table.add_row(str(rank), f"{hit['score']:.3f}", escape(legible(hit["path"])))
         console.print(table)
         for line in self.lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -67,9 +74,11 @@ class SearchResult:
         found = [f"the best {len(self.hits):,} of {self.files:,} files"]
         if self.out is not None:
             found[0] += f"; contact sheet in {self.out}"
-        found += [f"{path}: cannot be found ({reason})" for path, reason in self.skipped[:NAMED]]
+        found += [
+            f"left out, since it cannot be read: {legible(path)} ({reason})" for path, reason in self.skipped[:NAMED]
+        ]
         if len(self.skipped) > NAMED:
-            found.append(f"{len(self.skipped) - NAMED:,} more files cannot be read and so not be found")
+            found.append(f"{len(self.skipped) - NAMED:,} more files are left out")
         return found
 
 
@@ -85,19 +94,20 @@ def search(
     modality: str | None = None,
     split: str | None = None,
     refresh: bool = True,
+    rebuild: bool = False,
     progress: ReportProgress | None = None,
 ) -> SearchResult:
     """Find the ``top`` files of a folder by words or by an example, and write them as a contact sheet to ``out``.
 
     Arguments and errors are those of ``SearchIndex``, which may stand in the place of encoder and folder, of its
-    ``refresh``, which can be left out, and of its ``search``; ``out`` is a PNG or an HTML page by its suffix. Mistakes
-    are found before any file is read.
+    ``refresh``, which can be left out, and of its ``search``; ``rebuild`` is its ``anew``. ``out`` is a PNG or an HTML
+    page by its suffix. Mistakes are found before any file is read.
     """
-    from tasks.search_sheet import checked
-
     check_asked(query, like)
     check_top(top)
-    sheet = None if out is None else checked(Path(out))
+    if rebuild and not refresh:
+        raise UserError("an index is rebuilt by a refresh; leave out --rebuild or --no-refresh")
+    sheet = None if out is None else _sheet(Path(out), like)
     if isinstance(encoder, SearchIndex):
         found = encoder
     elif folder is None:
@@ -105,7 +115,7 @@ def search(
     else:
         found = SearchIndex(encoder, folder, index, modality=modality, split=split)
     vector = found.vector(query, like)
-    done = found.refresh(progress=progress) if refresh else None
+    done = found.refresh(progress=progress, anew=rebuild) if refresh else None
     hits = found.nearest(vector, top)
     asked = {"text": query} if query is not None else {"like": str(like)}
     result = SearchResult(
@@ -122,19 +132,21 @@ def search(
     return result
 
 
+def _sheet(out: Path, like: str | Path | None) -> Path:
+    from tasks.search_sheet import checked  # what draws takes a second to load
+
+    return checked(out, like)
+
+
 def _write(result: SearchResult, out: Path, index: SearchIndex, hits: list[Hit]) -> None:
-    from tasks.panels_retrieval import written
-    from tasks.search_sheet import thumbnail, write_sheet
+    from tasks.search_sheet import shown, write_sheet
 
     words, like = result.query.get("text"), result.query.get("like", "")
-    if words is not None:
-        title, asked = f"“{words.strip()}”", (words, written(words))
-    else:
-        name = Path(like).name
-        title, asked = f"Like {name}", (name, thumbnail(encoder_of(index.reader(like)), like))
+    title = f"Like {Path(like).name}" if words is None else f"“{words.strip()}”"
+    example = (Path(like).name, shown(like, index.reader(like).modality)) if words is None else None
     note = f"{result.lines()[0].partition(';')[0]} in {index.folder}."
     named = [(hit, index.name(hit["path"])) for hit in hits]
-    write_sheet(out, title, note[0].upper() + note[1:], asked, named, encoder_of(index.encoder))
+    write_sheet(out, title, note[0].upper() + note[1:], example, named, index.modality)
 
 
 def written_name(index: SearchIndex, path: str) -> str:
@@ -142,10 +154,6 @@ def written_name(index: SearchIndex, path: str) -> str:
     name, folder = index.name(path), index.folder
     if inline.text(path) is not None:
         return name
-    inside = folder.is_dir() and path != index.facts.folder  # a folder of frames is a file too
+    # A folder of frames is a file too, and a manifest's are beside it.
+    inside = path.startswith(f"{index.facts.folder}{os.sep}")
     return str((folder if inside else folder.parent) / name)
-
-
-def encoder_of(tower: Tower) -> Encoder:
-    """Return the encoder that a tower is or stands on."""
-    return tower if isinstance(tower, Encoder) else tower.encoder

@@ -7,13 +7,15 @@ would have us lay out by hand. Whole files come first, by path, then the broken 
 and equal scores are in the order of paths.
 """
 
-import fcntl
 import glob
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache as memoized
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -27,13 +29,18 @@ from torch.utils.dlpack import from_dlpack
 from mmssl.config import Piece, validate
 from mmssl.data import inline
 from mmssl.data.fragment import file_of
+from mmssl.data.parts import container, stamp
 from mmssl.errors import UnusableData, UserError
 from mmssl.files import replacing_file, sync
+from mmssl.locks import Lock
 
-FORMAT = 1
+FORMAT = 2
 ROWS = 2**16
 """Files that are written, and looked at, at a time: 64 MB of 512 values."""
 FACTS = b"mmssl.search"
+FACTS_SUM, STATES, VECTORS = b"mmssl.search.sum", b"states", b"vectors"
+"""CRC-32 of the facts, of a part's vectors and of its other columns."""
+MAGIC = b"ARROW1"
 
 Vector: TypeAlias = np.ndarray[Any, np.dtype[np.float16]]
 
@@ -76,27 +83,39 @@ class _Stored(Facts):
     """How many files have a vector."""
 
 
+class OtherFormat(UserError):
+    """An index of another version of mmssl."""
+
+
 class StoredIndex:
     """An index as it was when it was opened, whatever is written in its place later; any thread may read it."""
 
     def __init__(self, file: Path) -> None:
-        """Map it; raises UnusableData where it is damaged or no index, UserError where it is of another format."""
+        """Map it; raises UnusableData where it is damaged, UserError where it is no index or of another format."""
         self.file = file
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(file)))
-            stored = json.loads((reader.schema.metadata or {})[FACTS])
+            with file.open("rb") as opened:  # Python's map: Arrow's knows no names that are not UTF-8
+                reader = pa.ipc.open_file(pa.py_buffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)))
+            metadata = reader.schema.metadata or {}
+            if zlib.crc32(metadata[FACTS]) != int(metadata[FACTS_SUM]):
+                raise ValueError("what it says of itself is not what was written")
+            stored = json.loads(metadata[FACTS])
             version = stored.pop("format")
             if version != FORMAT:
-                raise UserError(f"{file} is in format {version}, but this mmssl reads format {FORMAT}; remove it")
+                raise OtherFormat(f"{file} is in format {version}, but this mmssl reads format {FORMAT}")
             facts = validate(_Stored, stored, str(file))
             if reader.schema.remove_metadata() != _schema(facts.dim):
                 raise ValueError("its columns are not those of an index")
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            read = [reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)]
+            self._batches = [one.batch for one in read]
+            self._sums = [(int(one.custom_metadata[STATES]), int(one.custom_metadata[VECTORS])) for one in read]
             for batch in self._batches:
                 batch.validate(full=True)
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, UserError | FileNotFoundError):
+        except (pa.ArrowException, UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, FileNotFoundError | OtherFormat):
                 raise
+            if not _begins(file):
+                raise UserError(f"{file} is no search index") from None
             words = (str(error) or type(error).__name__).splitlines()[0]
             raise UnusableData(f"{file} is not a whole search index ({words})") from None
         self.facts = Facts(**facts.model_dump(exclude={"whole"}))
@@ -131,10 +150,23 @@ class StoredIndex:
             found[here] = block.numpy()[wanted[here] - start]
         return found
 
+    def check_vectors(self) -> None:
+        """Raise UnusableData where vectors are not what was written; half a second for a million of 512 values."""
+        for batch, (_, expected) in zip(self._batches, self._sums, strict=True):
+            self._check(_vectors_sum(batch), expected)
+
+    def _check(self, found: int, expected: int) -> None:
+        if found != expected:
+            raise UnusableData(f"{self.file} is damaged: what it holds is not what was written")
+
     def states(self) -> dict[str, tuple[int, State, str | None]]:
-        """Return for every path its row, its state then, and why it is broken, None of a whole one."""
+        """Return for every path its row, its state then, and why it is broken, None of a whole one.
+
+        Raises UnusableData where that is not what was written.
+        """
         found, row = {}, 0
-        for batch in self._batches:
+        for batch, (expected, _) in zip(self._batches, self._sums, strict=True):
+            self._check(_states_sum(batch), expected)
             columns = (batch.column(name).to_pylist() for name in ("path", "size", "mtime_ns", "reason"))
             for path, size, mtime_ns, reason in zip(*columns, strict=True):
                 found[os.fsdecode(path)] = (row, State(size, mtime_ns), reason)
@@ -153,7 +185,8 @@ def write_index(
 ) -> None:
     """Write an index of what ``old`` has of the ``listed`` files, and ``fresh`` entries in the place of its own.
 
-    It is written aside, forced to the disk and renamed, in little memory.
+    It is written aside, forced to the disk and renamed, a part at a time; paths and states of all files are in memory.
+    Raises UnusableData where the states of ``old`` are damaged; its vectors are to be checked before.
     """
     known = {} if old is None else old.states()
     rows: dict[str, _Row] = {path: one for path, one in known.items() if path in listed and path not in fresh}
@@ -163,8 +196,8 @@ def write_index(
     schema = _schema(facts.dim)
     with (
         replacing_file(file) as aside,
-        pa.OSFile(str(aside), "wb") as sink,
-        pa.ipc.new_file(sink, schema.with_metadata({FACTS: text})) as writer,
+        aside.open("wb") as sink,
+        pa.ipc.new_file(sink, schema.with_metadata({FACTS: text, FACTS_SUM: str(zlib.crc32(text.encode()))})) as writer,
     ):
         for part in (*_parts(whole), *_parts(broken)):
             columns = [
@@ -174,7 +207,9 @@ def write_index(
                 pa.array([rows[path][2] for path in part], pa.string()),
                 pa.FixedSizeListArray.from_arrays(pa.array(_vectors(part, rows, old, fresh, facts.dim)), facts.dim),
             ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+            batch = pa.record_batch(columns, schema=schema)
+            sums = {STATES: str(_states_sum(batch)), VECTORS: str(_vectors_sum(batch))}
+            writer.write_batch(batch, custom_metadata=sums)
     sync(file.parent)
 
 
@@ -204,30 +239,50 @@ def _parts(paths: list[str]) -> Iterator[list[str]]:
     return (paths[i : i + ROWS] for i in range(0, len(paths), ROWS))
 
 
+def _states_sum(batch: Any) -> int:
+    found = 0
+    for name in ("size", "mtime_ns"):
+        found = zlib.crc32(batch.column(name).to_numpy(), found)
+    for name in ("path", "reason"):
+        for value in batch.column(name).to_pylist():
+            # A length in front: where one ends and the next begins is part of it.
+            data = value.encode() if isinstance(value, str) else value or b""
+            found = zlib.crc32(data, zlib.crc32(len(data).to_bytes(4, "little"), found))
+    return found
+
+
+def _vectors_sum(batch: Any) -> int:
+    return zlib.crc32(batch.column("vector").values.to_numpy().view(np.uint8))
+
+
+def _begins(file: Path) -> bool:
+    """Whether a file begins as an index does, or would if it went on."""
+    with file.open("rb") as opened:
+        return MAGIC.startswith(opened.read(len(MAGIC)))
+
+
 def _schema(dim: int) -> pa.Schema:
     fields = {"path": pa.binary(), "size": pa.int64(), "mtime_ns": pa.int64(), "reason": pa.string()}
     return pa.schema([*fields.items(), ("vector", pa.list_(pa.float16(), dim))])
 
 
-def state_of(path: str) -> State:
-    """Return what is known of a file, or of a piece's file, without reading it; what is a text and no file stays."""
-    if inline.text(path) is not None:
-        return State(0, 0)
-    try:
-        return _state(file_of(path))
-    except (OSError, ValueError):
-        return NOWHERE
+def states_of(paths: Iterable[str]) -> dict[str, State]:
+    """Return what is known of files, or of what they are pieces or parts of, without reading them."""
+    state = memoized(_state)  # thousands of files are in one shard
+    # A text that is its own path stays as it is.
+    return {path: State(0, 0) if inline.text(path) is not None else state(container(file_of(path))) for path in paths}
 
 
 def _state(file: str) -> State:
-    if not os.path.isdir(file):  # noqa: PTH112 - a Path per file is slow for a million files
-        found = os.stat(file)  # noqa: PTH116
-        return State(found.st_size, found.st_mtime_ns)
-    # A folder of frames has changed when any of them has: one that is replaced leaves the folder's own time as it was.
-    with os.scandir(file) as entries:
-        parts = sorted((entry.name, *_state(entry.path)) for entry in entries)
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return State(sum(size for _, size, _ in parts), int.from_bytes(digest[:7]))
+    found = stamp(file)
+    match found:
+        case [int(size), int(mtime_ns)]:
+            return State(size, mtime_ns)
+        case [None, None]:
+            return NOWHERE
+    # Of a folder of frames it is that of each; stores of objects have tags in place of times.
+    digest = hashlib.sha256(json.dumps(found).encode()).digest()
+    return State(0, int.from_bytes(digest[:7]))
 
 
 @contextmanager
@@ -237,33 +292,29 @@ def held(file: Path, waiting: Callable[[], None]) -> Iterator[None]:
     ``waiting`` is called where one is at it, before it is waited for. What a process that was killed left half-written
     beside the index is removed.
     """
-    lock = file.with_name(f".{file.name}.lock")
-    handle = _locked(lock, waiting)
+    path = file.with_name(f".{file.name}.lock")
+    lock = _locked(path, waiting)
     try:
         for left in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
             left.unlink(missing_ok=True)
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        # Closing is not enough: data workers and decoders that were forked meanwhile have the handle too.
-        fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
-def _locked(lock: Path, waiting: Callable[[], None]) -> int:
+def _locked(path: Path, waiting: Callable[[], None]) -> Lock:
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = Lock(path)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock.take():
                 waiting()
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                lock.take(wait=True)
             # Whoever had it has removed it, and another process may have made and locked a new one.
             with suppress(FileNotFoundError):
-                if lock.stat().st_ino == os.fstat(handle).st_ino:
-                    return handle
+                if path.stat().st_ino == lock.inode():
+                    return lock
         except BaseException:
-            os.close(handle)
+            lock.release()
             raise
-        os.close(handle)
+        lock.release()

@@ -1,15 +1,14 @@
 """An index of files by what an encoder sees in them, kept on the disk: what search is done in."""
 
 import errno
-import hashlib
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypedDict
 
 import PIL.Image
 import torch
@@ -18,25 +17,26 @@ from torch import Tensor
 from mmssl.data import inline
 from mmssl.data.fragment import file_of
 from mmssl.data.listing import Listing, list_files
-from mmssl.errors import UnusableData, UserError, nearest, sibling
+from mmssl.data.parts import container
+from mmssl.errors import MmsslError, UnusableData, UserError, sibling
 from mmssl.objectives.clip import unit
-from modalities.encoder import MODALITIES, Encoder, load
-from modalities.heads import has_head
-from modalities.joint import NAME, JointEncoder, check_together, joint_encoders
-from tasks.features import ReportProgress, default_cache, signals
+from modalities.encoder import MODALITIES, Encoder
+from modalities.joint import JointEncoder, Tower, check_together, towers
+from tasks.features import ReportProgress, signals
 from tasks.predict import no_url
-from tasks.search_file import FORMAT, NOWHERE, Entry, Facts, State, StoredIndex, held, state_of, write_index
+from tasks.search_file import NOWHERE, Entry, Facts, OtherFormat, State, StoredIndex, held, states_of, write_index
+from tasks.search_place import checked, default_file, modality_of
 from tasks.search_rank import nearest as nearest_rows
+from tasks.zero_shot_classifier import TEXT
 
-TEXT = "text"
-COMMIT_SECONDS = 40.0
-"""Work that has been done is on the disk after so many seconds, and the time that a batch takes."""
-PASSING = "permission denied"
-"""A reason that can go away without a trace in a file's size and times."""
+FIRST_COMMIT, COMMIT_SECONDS = 5.0, 40.0
+"""Work that has been done is on the disk after so many seconds, at first and later, and the time that a batch takes."""
+PASSING = ("permission denied", "timed out", "too large to decode", "cannot be read", "cannot be fetched")
+"""How reasons begin that can go away without a trace in a file's size and times."""
 
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-Tower: TypeAlias = Encoder | JointEncoder
+UNIT = 1.001
+"""Length of a vector that is of length 1 but for rounding."""
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 class Hit(TypedDict):
@@ -54,7 +54,7 @@ class Refreshed:
     embedded: int
     """New and changed files."""
     kept: int
-    """Files that are as they were."""
+    """Files that are as they were, broken ones among them."""
     dropped: int
     """Files that are no longer there."""
     broken: list[tuple[str, str]] = field(default_factory=list)
@@ -85,7 +85,7 @@ class SearchIndex:
         self.towers = _towers(encoder)
         self.folder, self.split = Path(folder), split
         no_url(folder)
-        self.modality = _modality(self.towers, self.folder, modality, self._where)
+        self.modality = modality_of(self.towers, self.folder, modality, self._where)
         self.encoder = self.towers[self.modality]
         self.facts = Facts(
             fingerprint=self.encoder.fingerprint(),
@@ -95,7 +95,7 @@ class SearchIndex:
             dim=self.encoder.dim,
         )
         self._own = index is None
-        self.file = _default_file(self.facts) if index is None else _checked(Path(index))
+        self.file = default_file(self.facts) if index is None else checked(Path(index))
         self._stored = self._opened(tell=True)
 
     def to(self, device: torch.device) -> "SearchIndex":
@@ -121,39 +121,52 @@ class SearchIndex:
         workers: int | Literal["auto"] = "auto",
         timeout: float = 30.0,
         progress: ReportProgress | None = None,
+        anew: bool = False,
     ) -> Refreshed:
         """Embed new and changed files and drop those that are gone; the options are those of ``extract``.
 
-        A file has changed when its size or time has. Broken files are remembered, and tried again when they change.
-        Where another process is at it, it is waited for. What is interrupted goes on where it was less than a minute
-        before. Raises UserError where the index cannot be written.
+        A file has changed when its size or time has; ``anew`` takes all for changed. Broken files are remembered, and
+        tried again when they change. Where another process is at it, it is waited for. What is interrupted goes on
+        where it was less than a minute before. Raises UserError where the index cannot be written, OSError naming it
+        for a full disk.
         """
+        with ExitStack() as held_for:
+            with self._writing():
+                if self._own:
+                    self.file.parent.mkdir(parents=True, exist_ok=True)
+                held_for.enter_context(held(self.file, self._say_waiting))
+            return self._refresh(batch_size, workers, timeout, progress, anew)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Name the index where it cannot be written, not what is beside it for a moment."""
         try:
-            if self._own:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-            with held(self.file, self._say_waiting):
-                return self._refresh(batch_size, workers, timeout, progress)
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise
-            words = f"{self.file} cannot be written ({error.strerror}); name another file by --index"
-            raise UserError(words) from None
+            yield
+        except OSError as error:  # Arrow's, too
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            if error.errno in UNWRITABLE:
+                words = f"{self.file} cannot be written ({reason}); name another file by --index"
+                raise UserError(words) from None
+            raise OSError(error.errno, f"cannot be written ({reason})", str(self.file)) from None
 
     def _refresh(
-        self, batch_size: int | None, workers: int | Literal["auto"], timeout: float, progress: ReportProgress | None
+        self,
+        batch_size: int | None,
+        workers: int | Literal["auto"],
+        timeout: float,
+        progress: ReportProgress | None,
+        anew: bool,
     ) -> Refreshed:
         listing = list_files(self.folder, self._kind, self.split)
         self._stored = self._opened(tell=self._stored is not None)
-        known = {} if self._stored is None else self._stored.states()
+        known = self._known()
         # Asked before they are read: a file that changes meanwhile is seen to have changed the next time.
-        states = {path: state_of(path) for path in listing.paths}
-        todo = Listing(
-            listing.root, [path for path, now in states.items() if path not in known or known[path][1] != now]
-        )
+        states = states_of(listing.paths)
+        todo = Listing(listing.root, [path for path, now in states.items() if anew or _changed(known.get(path), now)])
         dropped = sum(path not in states for path in known)
         fresh: dict[str, Entry] = {}
-        embedded, done, last = 0, 0, time.monotonic()
-        waiting = bool(dropped) or self._stored is None
+        embedded, done, last, patience = 0, 0, time.monotonic(), FIRST_COMMIT
+        waiting = bool(dropped)
         size = self.encoder.batch_size if batch_size is None else batch_size
         try:
             for entries in self._entries(todo, states, size, workers, timeout):
@@ -162,9 +175,10 @@ class SearchIndex:
                 done, waiting = done + len(entries), True
                 if progress is not None:
                     progress(done, len(todo))
-                if time.monotonic() - last >= COMMIT_SECONDS:
+                if time.monotonic() - last >= patience:
                     self._commit(fresh, states)
-                    last, waiting = time.monotonic(), False
+                    last, waiting, patience = time.monotonic(), False, min(2 * patience, COMMIT_SECONDS)
+            waiting = waiting or self._stored is None
         finally:
             # Also what was done until an interruption.
             if waiting:
@@ -184,9 +198,22 @@ class SearchIndex:
             yield found
 
     def _commit(self, fresh: dict[str, Entry], states: Mapping[str, State]) -> None:
-        write_index(self.file, self.facts, self._stored, fresh, states)
+        with self._writing():
+            write_index(self.file, self.facts, self._stored, fresh, states)
         self._stored = StoredIndex(self.file)
         fresh.clear()
+
+    def _known(self) -> dict[str, tuple[int, State, str | None]]:
+        """Return what the index says of files; nothing where it is damaged and ours."""
+        if self._stored is None:
+            return {}
+        try:
+            self._stored.check_vectors()  # what has rotted must not get a fresh checksum
+            return self._stored.states()
+        except UnusableData as error:
+            self._damaged(error, tell=True)
+            self._stored = None
+            return {}
 
     def _opened(self, tell: bool) -> StoredIndex | None:
         """Return the index on the disk, None where there is none or, if it is ours alone, a damaged one; ``tell`` so.
@@ -197,11 +224,11 @@ class SearchIndex:
             stored = StoredIndex(self.file)
         except FileNotFoundError:
             return None
-        except UnusableData as error:
-            if not self._own:
-                raise UnusableData(f"{error}; remove it, or give another --index") from None
-            if tell:
-                print(f"{error}; it is made anew", file=sys.stderr)
+        except (UnusableData, UserError) as error:
+            self._damaged(error, tell)
+            return None
+        if self._own and stored.facts != self.facts:  # by its name it can be of nothing else
+            self._damaged(UnusableData(f"{self.file} is damaged: it says that it is of something else"), tell)
             return None
         for key, other in (("fingerprint", "encoder"), ("folder", "folder"), ("split", "split")):
             its, own = getattr(stored.facts, key), getattr(self.facts, key)
@@ -211,6 +238,16 @@ class SearchIndex:
                     f"{self.file} is the index of another {other}{words}; give another --index or remove it"
                 )
         return stored
+
+    def _damaged(self, error: MmsslError, tell: bool) -> None:
+        """Say that our own index is made anew; raises what is wrong with a person's own."""
+        if self._own:
+            if tell:
+                print(f"{error}; a refresh makes it anew", file=sys.stderr)
+        elif isinstance(error, UnusableData | OtherFormat):
+            raise type(error)(f"{error}; remove it, or give another --index") from None
+        else:  # a person's own file
+            raise UserError(f"{error}; give another --index") from None
 
     def _say_waiting(self) -> None:
         print(f"another process is refreshing {self.file}; waiting for it", file=sys.stderr, flush=True)
@@ -239,7 +276,7 @@ class SearchIndex:
         check_asked(query, like)
         if query is not None:
             if TEXT not in self.towers:
-                raise UserError(f"{self._where} {self._wordless()}; give a file that others are to be like by --like")
+                raise UserError(f"{self._where} {self._wordless()} give a file that others are to be like by --like")
             found = self.towers[TEXT].embed([inline.join(query)])
         elif isinstance(like, str | Path):
             found = self.reader(str(like)).embed([str(like)])
@@ -258,18 +295,23 @@ class SearchIndex:
         can be read.
         """
         check_top(top)
+        if vector.shape != (self.facts.dim,) or not float(vector.norm()) <= UNIT:
+            raise ValueError(f"a vector [{self.facts.dim}] of length 1 is needed, but got {list(vector.shape)}")
         stored = self._stored
         if stored is None:
             raise UserError(f"there is no index of {self.folder} yet; refresh it first")
         if not len(stored):
             broken = stored.broken()
+            if not broken:
+                raise UnusableData(f"{self.folder}: no file of it has been embedded yet; refresh its index")
             first = f"; the first is {self.name(broken[0][0])}: {broken[0][1]}" if broken else ""
             raise UnusableData(f"{self.folder}: none of the {len(broken)} files can be read{first}")
         try:
             scores, rows = nearest_rows(stored.blocks, vector, top)
         except UnusableData as error:
             raise UnusableData(f"{stored.file} is damaged: {error}; remove it") from None
-        found = zip(scores.tolist(), rows.tolist(), strict=True)
+        # Vectors in float16 are of length 1 to their last digit; a zero has no sign.
+        found = zip((scores.clip(-1, 1) + 0.0).tolist(), rows.tolist(), strict=True)
         return [{"path": stored.path(row), "score": score} for score, row in found]
 
     def name(self, path: str) -> str:
@@ -278,8 +320,8 @@ class SearchIndex:
 
     def _wordless(self) -> str:
         if isinstance(self.encoder, JointEncoder) and TEXT in self.encoder.facts.towers:
-            return "is one of several towers, and words are for another; name the run that they are in"
-        return "has no tower of texts, so that it knows no words"
+            return "is one of several towers, and words are for another; name the run that they are in, or"
+        return "has no tower of texts, so that it knows no words;"
 
     def reader(self, path: str) -> Tower:
         """Return the tower that reads an example; raises UserError where there is none, or no such file."""
@@ -287,8 +329,10 @@ class SearchIndex:
         if inline.text(path) is not None and TEXT in self.towers:
             return self.towers[TEXT]
         file = Path(file_of(path))
-        if not os.path.exists(file):  # noqa: PTH110 - False, not an exception, for what may not be asked about
+        if not os.path.exists(there := container(str(file))):  # noqa: PTH110 - False where it may not be asked about
             raise UserError(f"--like {path} does not exist{sibling(file)}")
+        if not os.path.isfile(there) and not os.path.isdir(there):  # noqa: PTH112, PTH113
+            raise UserError(f"--like {path} is no regular file")
         suffix = file.suffix.lower()
         # Some suffixes are of two modalities: an animation is a picture and a video.
         names = [name for name in sorted(self.towers, key=self.modality.__ne__) if suffix in MODALITIES[name].suffixes]
@@ -296,7 +340,8 @@ class SearchIndex:
             names = [name for name in self.towers if MODALITIES[name].frame_suffixes]
         if not names:
             kinds = " or ".join(self.towers)
-            raise UserError(f"--like {path}: {self._where} reads {kinds}, and this is a {suffix or 'nameless'} file")
+            this = "folder" if file.is_dir() else f"{suffix or 'nameless'} file"
+            raise UserError(f"--like {path}: {self._where} reads {kinds}, and this is a {this}")
         return self.towers[names[0]]
 
 
@@ -325,7 +370,14 @@ def _entry(state: State, vector: Tensor) -> Entry:
 
 def _broken(state: State, reason: str) -> Entry:
     legible = reason.encode("utf-8", "backslashreplace").decode("utf-8")
-    return Entry(NOWHERE if reason == PASSING else state, None, legible)
+    return Entry(NOWHERE if reason.startswith((*PASSING, "no such file")) else state, None, legible)
+
+
+def _changed(known: tuple[int, State, str | None] | None, now: State) -> bool:
+    """Whether a file is to be read, by what is known of it and its state now; what nobody can see may have changed."""
+    if known is None or known[1] != now:
+        return True
+    return now == NOWHERE and (known[2] is None or known[2].startswith(PASSING))
 
 
 def _towers(encoder: str | Path | Tower | Mapping[str, Tower]) -> dict[str, Tower]:
@@ -339,58 +391,4 @@ def _towers(encoder: str | Path | Tower | Mapping[str, Tower]) -> dict[str, Towe
         return dict(encoder)
     if isinstance(encoder, Encoder | JointEncoder):
         return {encoder.modality: encoder}
-    path = Path(encoder)
-    if has_head(path, NAME):
-        tower = JointEncoder(path)
-        return {tower.modality: tower}
-    if any(has_head(path / f"encoder-{name}", NAME) for name in MODALITIES):
-        return dict(joint_encoders(path))
-    alone = load(path)
-    return {alone.modality: alone}
-
-
-def _modality(towers: Mapping[str, Tower], folder: Path, asked: str | None, where: str) -> str:
-    """Return the modality of the files; raises UserError where that is not one."""
-    if asked is not None:
-        if asked not in towers:
-            raise UserError(f"{where} has no tower of modality '{asked}'{nearest(asked, towers)}")
-        return asked
-    names = [name for name in towers if name != TEXT] or [TEXT]
-    if len(names) > 1:
-        if not os.path.exists(file_of(str(folder))):  # noqa: PTH110 - as in list_files
-            raise UserError(f"{folder} does not exist{sibling(folder)}")
-        there = {name: _holds(folder, name) for name in names}
-        words = f"{', '.join(names[:-1])} or {names[-1]}"
-        # Numbered pictures may be the frames of a film, but they are pictures.
-        names = [name for name in names if there[name] == "files"] or [name for name in names if there[name]]
-        if not names:
-            raise UserError(f"{folder} holds no file of modality {words}")
-    if len(names) > 1:
-        words = f"{', '.join(names[:-1])} and {names[-1]}"
-        raise UserError(f"{folder}: {where} reads {words}; say which by modality (--modality {names[0]})")
-    return names[0]
-
-
-def _holds(folder: Path, modality: str) -> Literal["files", "others", None]:
-    """Return whether there are files with the suffixes of a modality, or only what may be of it, or nothing."""
-    kind = MODALITIES[modality]
-    try:
-        listing = list_files(folder, kind)
-    except UserError:
-        return None
-    suffixes = (os.path.splitext(file_of(path))[1].lower() for path in listing.paths)  # noqa: PTH122
-    return "files" if any(suffix in kind.suffixes for suffix in suffixes) else "others"
-
-
-def _default_file(facts: Facts) -> Path:
-    # The format is in the name: what another mmssl has written is left to it.
-    key = json.dumps([FORMAT, facts.fingerprint, facts.folder, facts.split])
-    return default_cache().parent / "search" / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.arrow"
-
-
-def _checked(index: Path) -> Path:
-    """Return where an index is to be; raises UserError where no file can be."""
-    if index.is_dir() or not index.parent.is_dir():
-        what = "is a folder" if index.is_dir() else f"cannot be: the folder {index.parent} does not exist"
-        raise UserError(f"--index {index} {what}; name a file")
-    return index
+    return towers(encoder)

@@ -20,6 +20,8 @@ from mmssl.errors import UnusableData
 ROUGH = 1.25e-3
 """How far a rough score of unit vectors is from the exact one at most: 2**-11 for the query in float16, as much for the
 score in float16, and the rest for sums of up to 4,000 float32 products."""
+LONGEST = 1 + 2e-3
+"""What a product of unit vectors may be, each value rounded to float16."""
 CHUNK = 2**11
 """Vectors that are looked at carefully at a time: 8 MB of 512 values in float64."""
 
@@ -32,7 +34,7 @@ def nearest(blocks: Sequence[Tensor], query: Tensor, k: int) -> Best:
     """Return the ``k`` rows nearest to ``query`` float32 [d], or all where there are fewer, as ``nearest_plain`` does.
 
     ``blocks`` are float16 [b, d] on the CPU; all vectors are of length 1. Raises UnusableData where one of them is not
-    finite.
+    finite, and where one of the best is longer.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, but got {k}")
@@ -44,6 +46,8 @@ def nearest(blocks: Sequence[Tensor], query: Tensor, k: int) -> Best:
         rows = np.flatnonzero(rough >= _least(rough, best, k))
         scores = exact(block.numpy(), wide, rows)
         # A processor on which the bound does not hold gives the same answer in the slow way.
+        if len(rows) and np.abs(scores).max() > LONGEST:
+            raise UnusableData("vectors are longer than 1")
         if len(rows) and np.abs(scores - rough[rows]).max() > ROUGH:
             return nearest_plain(blocks, query, k)
         best = merge(best, (scores, rows + first), k)

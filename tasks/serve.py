@@ -1,10 +1,12 @@
 """The service: an encoder behind HTTP, for programs and for one page in a browser."""
 
-import ipaddress
+import asyncio
 import os
+import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -13,22 +15,32 @@ import torch
 import uvicorn
 
 from mmssl.errors import Stopped, UserError
+from modalities.joint import Tower
 from tasks.features import ReportProgress
 from tasks.parallel import cores
 from tasks.search_index import SearchIndex
+from tasks.serve_address import is_loopback
 from tasks.serve_app import make_app
-from tasks.serve_front import LOOPBACK, Front, to_stderr
+from tasks.serve_front import HEAD, LOOPBACK, Front
+from tasks.serve_http import Connection
 from tasks.serve_limits import Limits
+from tasks.serve_log import json_lines, to_stderr
 from tasks.serve_metrics import Metrics
-from tasks.serve_models import Models, Tower, opened
+from tasks.serve_models import Models, opened
 from tasks.serve_search import Search
 
 TOKEN = "MMSSL_TOKEN"
 """The environment variable of the token: a command line can be read by everybody on the machine."""
 SWITCH = 0.0005
 """Seconds after which a thread that runs Python lets another one run; Python's own 0.005 are a request's whole time."""
+KEPT = 75
+"""Seconds for which a connection is kept without a request: longer than the 60 for which proxies keep theirs."""
 GRACE = 60
 """Seconds in which requests that are there when the service is stopped must be done."""
+FLUSH = 2.0
+"""Seconds in which the last answers must be taken."""
+BEARER = re.compile(r"[A-Za-z0-9._~+/-]+=*", re.ASCII)
+"""What a token may look like in a header (RFC 6750, 2.1)."""
 
 
 def serve(
@@ -77,22 +89,14 @@ def check_address(host: str, port: int, token: str | None) -> str | None:
     """
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port}: give a number from 0 (any free one) to 65535")
-    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token and token):
-        raise UserError("the token must be of printable ASCII characters without a space around, to fit into a header")
+    if token is not None and BEARER.fullmatch(token) is None:
+        raise UserError("the token must be of ASCII letters, digits and -._~+/ (RFC 6750), to fit into a header")
     if token is None and not is_loopback(host):
         raise UserError(
             f"--host {host} can be reached from other machines, so a token is needed: set {TOKEN} (or --token), "
             "or serve this machine alone with --host 127.0.0.1"
         )
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone; of names that is ``localhost``."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _search(
@@ -127,29 +131,65 @@ def _listening(host: str, port: int) -> socket.socket:
     return listening
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Uvicorn, which at a signal first answers everybody and only then stops listening."""
 
-    def __init__(self, config: uvicorn.Config, front: Front, ready: Callable[[], None]) -> None:
+    def __init__(self, front: Front, ready: Callable[[], None] = lambda: None) -> None:
+        """``ready`` is called when requests are taken."""
+        config = uvicorn.Config(
+            front,
+            http=Connection,
+            h11_max_incomplete_event_size=HEAD,
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            loop="asyncio",
+            timeout_graceful_shutdown=GRACE,
+            timeout_keep_alive=KEPT,
+            ws="none",
+        )
         super().__init__(config)
         self.front, self.ready = front, ready
         self.signal: int | None = None
+        self._hurry = self._gave_up = False
+        self._until = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
         await super().startup(sockets)
         self.ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.front.stopping:  # the second one is meant
-            self.force_exit = self.should_exit = True
-        self.signal = self.signal or sig
+        """Take no more work; at the second signal, do no more either."""
+        if self.front.stopping:
+            self._hurry = True
+            return
+        self.signal, self._until = sig, time.monotonic() + GRACE
         self.front.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
+        """Return whether it is time to go."""
         # New requests are told so while there are others to finish.
-        if self.front.stopping and self.front.in_flight == 0:
-            self.should_exit = True
+        if self.front.stopping:
+            if self.front.in_flight == 0 or self._gave_up:
+                self.should_exit = True
+            elif self._hurry or time.monotonic() > self._until:
+                self._gave_up = True
+                self.front.give_up()
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close all connections, those last of which the answer is not taken."""
+        ending = asyncio.get_running_loop().call_later(FLUSH, self._abort)
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    def _abort(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def _run(front: Front, listening: socket.socket, host: str, what: str) -> None:
@@ -159,19 +199,12 @@ def _run(front: Front, listening: socket.socket, host: str, what: str) -> None:
     def ready() -> None:
         print(f"mmssl: {what} at http://{shown}:{port}/ (stop with Ctrl-C)", file=sys.stderr, flush=True)
 
-    config = uvicorn.Config(
-        front,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        loop="asyncio",
-        timeout_graceful_shutdown=GRACE,
-        ws="none",
-    )
-    server = _Server(config, front, ready)
+    server = Server(front, ready)
     # The threads hand over to each other many times in a request, and each time may wait so long for the interpreter.
     sys.setswitchinterval(SWITCH)
-    server.run(sockets=[listening])
+    with json_lines(front.log):
+        server.run(sockets=[listening])
     number = server.signal or signal.SIGTERM
-    raise Stopped(f"stopped by {signal.Signals(number).name}; every request that was there is answered", number)
+    lost = front.given_up
+    told = "every request that was there is answered" if not lost else f"{lost} request{'s' * (lost > 1)} got no answer"
+    raise Stopped(f"stopped by {signal.Signals(number).name}; {told}", number)

@@ -23,14 +23,22 @@ class Limits:
     """Templates in a request; a set (``tasks.templates``) counts as one."""
     prompts: int = 1000
     """Class names times templates, sets taken apart: each costs a pass through the text tower."""
+    letters: int = 100_000
+    """Letters of all prompts together: each is split into tokens."""
     characters: int = 1000
     """Letters of a class name, a template or a text."""
     top: int = 200
     """Answers to a request."""
     queue: int = 64
     """Requests that are worked on or wait; one more is told to come again later."""
+    connections: int = 500
+    """That are open at a time; never more than half of the files that the process may open."""
+    head_seconds: float = 10.0
+    """From the opening of a connection, or a request's first byte, to the end of its headers."""
+    body_seconds: float = 10.0
+    """Without a byte of a body that is on its way."""
     request_seconds: float = 30.0
-    """From a request's first byte to its answer."""
+    """From a request's headers to its answer, and for the answer to be taken."""
     decode_seconds: float = 10.0
     """For the decoding of one upload."""
     decode_memory: int = 2048 * MIB

@@ -2,13 +2,10 @@
 
 import asyncio
 import os
-import shutil
-import tempfile
 import threading
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,30 +15,22 @@ from torch import Tensor
 
 from mmssl.data import isolate
 from mmssl.data.guard import BrokenFile
+from mmssl.data.local import shown
+from modalities.heads import Reader
 from tasks.serve_limits import Limits
 
 T = TypeVar("T")
 
-CALLS = 200
+CALLS = 2000
 """Uploads after which a decoder's process is replaced, so that what decoders leak does not add up."""
 
 
-class Reads(Protocol):
+class Reads(Reader, Protocol):
     """What makes signals of files."""
 
     @property
     def modality(self) -> str:
         """Of which modality they are."""
-        ...
-
-    @property
-    def decode(self) -> Callable[[str], Any]:
-        """Reads one file; picklable."""
-        ...
-
-    @property
-    def transform(self) -> Callable[[Any], Tensor]:
-        """Makes a signal of what was read; picklable."""
         ...
 
 
@@ -113,7 +102,6 @@ class Decoders:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._pool = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decoder")
-        self._folder = Path(tempfile.mkdtemp(prefix="mmssl-serve-"))  # for its owner alone
         self._used = threading.local()
 
     def warm(self) -> None:
@@ -141,7 +129,7 @@ class Decoders:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def _upload(self, read: ReadSignal, data: bytes, suffix: str) -> Tensor:
-        with self._file(data, suffix) as path:
+        with shown(data, suffix) as path:
             try:
                 return self._isolated(read, path)
             except BrokenFile as error:
@@ -153,55 +141,31 @@ class Decoders:
         if used == CALLS:
             isolate.close()
         try:
-            return isolate.isolated(function, path, self.limits.decode_seconds)
+            return self._asked(function, path)
         except BrokenFile as error:
             if "too large to decode" in error.reason:
                 isolate.close()  # what it has allocated before may be what was lacking
             raise
 
+    def _asked(self, function: Callable[[str], T], path: str) -> T:
+        try:
+            return isolate.isolated(function, path, self.limits.decode_seconds)
+        except BrokenFile as error:
+            if error.reason != isolate.CRASHES:
+                raise
+        # The system may have ended it for lack of memory, or a person, and no file is to blame for that.
+        return isolate.isolated(function, path, self.limits.decode_seconds)
+
     def _told(self, reason: str, path: str) -> str:
         """Return a decoder's words without the server's names in them."""
         link = [str(Path(path).readlink())] if Path(path).is_symlink() else []
-        for name in (path, *link, os.path.realpath(path), str(self._folder), Path(path).name):
+        for name in (path, *link, os.path.realpath(path), str(Path(path).parent), Path(path).name):
             reason = reason.replace(name, "")
         return " ".join(reason.replace("''", "").split()).rstrip(": ") or "it cannot be read"
 
-    @contextmanager
-    def _file(self, data: bytes, suffix: str) -> Iterator[str]:
-        """Yield the path of a file that holds ``data``, in memory where the system can."""
-        path = self._folder / f"{uuid.uuid4().hex}{suffix}"
-        memory = _in_memory(data)
-        try:
-            if memory is None:
-                path.write_bytes(data)
-            else:
-                # Decoders ask for the suffix. The link leads to this process, which the decoder's is not.
-                path.symlink_to(f"/proc/{os.getpid()}/fd/{memory}")
-            yield str(path)
-        finally:
-            path.unlink(missing_ok=True)
-            if memory is not None:
-                os.close(memory)
-
     def close(self) -> None:
-        """End the processes and leave nothing behind."""
+        """End the processes."""
         self._pool.shutdown(cancel_futures=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _in_memory(data: bytes) -> int | None:
-    """Return a file of memory with ``data`` in it, None where there is no such thing."""
-    if not hasattr(os, "memfd_create") or not Path("/proc/self/fd").is_dir():
-        return None
-    handle = os.memfd_create("upload")
-    try:
-        view = memoryview(data)
-        while len(view):
-            view = view[os.write(handle, view) :]
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
 
 
 def _nothing(path: str) -> None:

@@ -7,11 +7,14 @@ It decides nothing that the Python API does not: names, scores and vectors come 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from mmssl.data import inline
@@ -19,20 +22,21 @@ from mmssl.data.guard import BrokenFile, guarded
 from mmssl.errors import MmsslError, UserError, is_out_of_memory, nearest
 from modalities.classifier import NAME as CLASSIFIER
 from modalities.classifier import Classifier, Prediction
-from modalities.encoder import MODALITIES, Encoder, encoder_folder, load
+from modalities.encoder import MODALITIES, Encoder, encoder_folder
 from modalities.heads import has_head
-from modalities.joint import NAME as JOINT
-from modalities.joint import JointEncoder, joint_encoders
+from modalities.joint import JointEncoder, Tower, towers
 from tasks.build import default_device
 from tasks.serve_batch import Batcher
 from tasks.serve_limits import Limits
 from tasks.serve_media import LARGE, Decoders
 from tasks.serve_problem import Problem
-from tasks.templates import chosen
+from tasks.templates import chosen, fill
 from tasks.zero_shot_classifier import TEXT, ZeroShotClassifier
 
 T = TypeVar("T")
-Tower = JointEncoder | Encoder
+PIECE = 32
+"""Prompts that are embedded at a time, about: between two pieces others have their turn."""
+WORDS = {"image": "pictures", "video": "videos", "audio": "sounds", "text": "texts"}
 Key = tuple[str, tuple[str, ...], tuple[str, ...]]
 
 
@@ -56,26 +60,25 @@ class Opened(NamedTuple):
 
 def opened(path: str | Path) -> Opened:
     """Return what a run's or an encoder's folder holds, on the device that there is; raises UserError, one sentence."""
-    run, device = Path(path), default_device()
-    if has_head(run, JOINT):  # one of several towers, which compares with no names, but with others of its kind
-        alone = JointEncoder(run).to(device)
-        return Opened({alone.modality: alone}, {}, None)
-    if any(has_head(run / f"encoder-{name}", JOINT) for name in MODALITIES):
-        joint = {name: tower.to(device) for name, tower in joint_encoders(run).items()}
-        return Opened(joint, joint, None)
-    folder = encoder_folder(run)
-    if has_head(folder, CLASSIFIER):
-        classifier = Classifier(folder).to(device)
-        return Opened({classifier.encoder.modality: classifier.encoder}, {}, classifier)
-    encoder = load(folder).to(device)
-    return Opened({encoder.modality: encoder}, {}, None)
+    found, device, classifier = towers(path), default_device(), None
+    # One of several towers compares with no names, but with others of its kind.
+    joint = {name: tower for name, tower in found.items() if isinstance(tower, JointEncoder) and len(found) > 1}
+    if all(isinstance(tower, Encoder) for tower in found.values()):
+        folder = encoder_folder(Path(path))
+        if has_head(folder, CLASSIFIER):
+            classifier = Classifier(folder).to(device)
+            found = {classifier.encoder.modality: classifier.encoder}
+    for tower in found.values():
+        tower.to(device)
+    return Opened(found, joint, classifier)
 
 
-class _Reader:
-    """A classifier's tower under the name of its modality: what ``Decoders`` ask for."""
+@dataclass
+class _Making:
+    """Vectors of class names on their way, and how many requests wait for them."""
 
-    def __init__(self, tower: Tower) -> None:
-        self.modality, self.decode, self.transform = tower.modality, tower.decode, tower.transform
+    task: "asyncio.Task[ZeroShotClassifier]"
+    waiting: int = 0
 
 
 class Models:
@@ -94,13 +97,15 @@ class Models:
         self.decoders = Decoders(limits)
         self.decoders.warm()
         self.batcher = Batcher(limits.window, limits.batch, batched)
+        self._texts = ThreadPoolExecutor(1, thread_name_prefix="classes")
         self._looked_up = looked_up
         # Both are the event loop's: a look costs nothing, and what several ask for at once is made once.
         self._known: OrderedDict[Key, ZeroShotClassifier] = OrderedDict()
-        self._making: dict[Key, asyncio.Task[ZeroShotClassifier]] = {}
+        self._making: dict[Key, _Making] = {}
 
     def close(self) -> None:
         """Finish what is there and end the threads."""
+        self._texts.shutdown(cancel_futures=True)
         self.batcher.close()
         self.decoders.close()
 
@@ -116,16 +121,16 @@ class Models:
     @property
     def suffixes(self) -> list[str]:
         """Which files can be read, by their suffixes."""
-        return sorted(set().union(*(kind_of(tower).suffixes for tower in self.towers.values())))
+        return sorted(set().union(*(tower.kind.suffixes for tower in self.towers.values())))
 
     async def zero_shot(
-        self, upload: Upload, classes: Sequence[str], templates: Sequence[str], top: int, modality: str | None
+        self, upload: Upload, classes: Sequence[str], templates: Sequence[str], top: int | None, modality: str | None
     ) -> list[Prediction]:
         """Return [{"label", "score"}, ...] for a file, best first."""
         if not self.able["zero-shot"]:
             what = f"an encoder of modality {next(iter(self.towers))} alone"
             raise Problem(404, f"this service has {what}, which compares with no class names; embed answers for it")
-        tower = self.tower(upload, modality, [name for name in self.towers if name != TEXT])
+        tower = self.tower(upload, modality, [name for name in self.towers if name != TEXT], "names")
         self._check_prompts(classes, templates)
         with self.batcher.coming():
             # The classes first: names that cannot be told apart cost no decoding.
@@ -134,10 +139,11 @@ class Models:
         vector = await self._vector(tower, signal)
         return classify.ranked(vector[None] @ classify.class_vectors.T, top)[0]
 
-    async def classify(self, upload: Upload, top: int) -> list[Prediction]:
+    async def classify(self, upload: Upload, top: int | None) -> list[Prediction]:
         """Return [{"label", "score"}, ...] of the classes that the encoder was fine-tuned on."""
         if self.classifier is None:
             raise Problem(404, "this service has no encoder that was fine-tuned on classes; zero-shot takes your own")
+        self.tower(upload, None, [self.classifier.encoder.modality], "names")
         with self.batcher.coming():
             signal = await self._signal(self.classifier.encoder, upload)
         logits = await self._vector(self.classifier, signal)
@@ -152,26 +158,27 @@ class Models:
             signal = await self._asked(lambda: self._text_signal(tower, text))
             return TEXT, await self._vector(tower, signal)
         assert upload is not None
-        tower = self.tower(upload, modality, list(self.towers))
+        tower = self.tower(upload, modality, list(self.towers), "reads")
         with self.batcher.coming():
             signal = await self._signal(tower, upload)
         return tower.modality, await self._vector(tower, signal)
 
-    def tower(self, upload: Upload, modality: str | None, names: Sequence[str]) -> Tower:
-        """Return the tower that reads a file: of ``modality``, else the only one, else by suffix or media type."""
+    def tower(self, upload: Upload, modality: str | None, names: Sequence[str], does: str) -> Tower:
+        """Return the tower that reads a file: of ``modality``, else by suffix, else by media type, else the first one.
+
+        Raises Problem for a suffix that is of another modality; ``does`` is what the service does with those ``names``.
+        """
         if modality is not None:
             if modality not in names:
                 raise Problem(422, f"modality '{modality}' is none that is read here{nearest(modality, names)}")
             return self.towers[modality]
-        if len(names) > 1:
-            suffix, kind = Path(upload.name).suffix.lower(), upload.media_type.partition("/")[0]
-            # A GIF is a picture and a video: of equals, the first tower is meant.
-            names = (
-                [name for name in names if suffix in kind_of(self.towers[name]).suffixes]
-                or [name for name in names if name == kind]
-                or names
-            )
-        return self.towers[names[0]]
+        suffix, kind = Path(upload.name).suffix.lower(), upload.media_type.partition("/")[0]
+        # A GIF is a picture and a video: of equals, the first tower is meant.
+        fit = [name for name in names if suffix in self.towers[name].kind.suffixes]
+        if not fit and any(suffix in one.suffixes for one in MODALITIES.values()):
+            what = " and ".join(", ".join(WORDS[name] for name in names).rsplit(", ", 1))
+            raise Problem(415, f"this service {does} {what}, and {Path(upload.name).name} is a {suffix} file")
+        return self.towers[(fit or [name for name in names if name == kind] or names)[0]]
 
     # What the parts of a request become
 
@@ -179,14 +186,13 @@ class Models:
         if not upload.data:
             raise Problem(422, "the file is empty")
         suffix = Path(upload.name).suffix.lower()
-        suffix = suffix if suffix in kind_of(tower).suffixes else ""
+        suffix = suffix if suffix in tower.kind.suffixes else ""
         try:
-            return await self.decoders.signal(_Reader(tower), upload.data, suffix)
+            return await self.decoders.signal(tower, upload.data, suffix)
         except BrokenFile as error:
             large = error.reason.startswith((LARGE, "absurdly l"))
-            raise Problem(
-                413 if large else 422, f"the file cannot be read as {tower.modality}: {error.reason}"
-            ) from None
+            words = error.reason.removesuffix(": cannot identify image file")
+            raise Problem(413 if large else 422, f"the file cannot be read as {tower.modality}: {words}") from None
 
     async def _vector(self, model: Tower | Classifier, signal: Tensor) -> Tensor:
         try:
@@ -216,11 +222,15 @@ class Models:
 
     def _check_prompts(self, classes: Sequence[str], templates: Sequence[str]) -> None:
         try:
-            prompts = len(classes) * len(chosen(templates or None))
+            sentences = chosen(templates or None)
         except UserError as error:
             raise Problem(422, str(error)) from None
+        prompts = len(classes) * len(sentences)
         if prompts > self.limits.prompts:
             raise Problem(422, f"classes times templates are {prompts} prompts, and {self.limits.prompts} are allowed")
+        letters = sum(len(fill(sentence, name)) for sentence in sentences for name in classes)
+        if letters > self.limits.letters:
+            raise Problem(422, f"the prompts have {letters} letters, and {self.limits.letters} are allowed")
 
     async def _classifier(self, key: Key) -> ZeroShotClassifier:
         known = self._known.get(key)
@@ -229,26 +239,50 @@ class Models:
             self._known.move_to_end(key)
             return known
         if key not in self._making:
-            self._making[key] = asyncio.create_task(self.batcher.call(partial(self._made, key)))
-            self._making[key].add_done_callback(partial(self._keep, key))
-        with _told():
-            # Whoever asked first may leave while others wait.
-            return await asyncio.shield(self._making[key])
+            self._making[key] = _Making(asyncio.create_task(self._made(key)))
+            self._making[key].task.add_done_callback(partial(self._keep, key))
+        making = self._making[key]
+        making.waiting += 1
+        try:
+            with _told():
+                # Whoever asked first may leave while others wait.
+                return await asyncio.shield(making.task)
+        finally:
+            making.waiting -= 1
+            if making.waiting == 0 and self._making.get(key) is making:
+                del self._making[key]  # who comes now begins anew
+                making.task.cancel()
 
-    def _made(self, key: Key) -> ZeroShotClassifier:
+    async def _made(self, key: Key) -> ZeroShotClassifier:
         modality, classes, templates = key
         # Nothing of what a stranger sends is kept on the disk.
-        made = ZeroShotClassifier(self.joint, classes, templates or None, modality=modality, cache=None)
-        _ = made.class_vectors
+        make = partial(ZeroShotClassifier, self.joint, templates=templates or None, modality=modality, cache=None)
+        # This reads all prompts, but no model is asked.
+        made = await asyncio.get_running_loop().run_in_executor(self._texts, make, classes)
+
+        def vectors(some: Sequence[str]) -> Tensor:
+            return make(some).class_vectors
+
+        # The vector of a class is its own prompts' alone.
+        pieces = _split(classes, max(2, PIECE // len(made.templates)))
+        parts = [await self.batcher.call(partial(vectors, some)) for some in pieces]
+        made.class_vectors = torch.cat(parts)
         return made
 
     def _keep(self, key: Key, made: "asyncio.Task[ZeroShotClassifier]") -> None:
-        self._making.pop(key, None)
+        if key in self._making and self._making[key].task is made:
+            del self._making[key]
         if made.cancelled() or made.exception() is not None:
             return
         self._known[key] = made.result()
         while len(self._known) > self.limits.kept_classes:
             self._known.popitem(last=False)
+
+
+def _split(classes: Sequence[str], least: int) -> list[Sequence[str]]:
+    """Return the classes in parts of at least so many, where there are so many: one alone is told from nothing."""
+    parts = max(1, len(classes) // least)
+    return [classes[i * len(classes) // parts : (i + 1) * len(classes) // parts] for i in range(parts)]
 
 
 @contextmanager
@@ -260,8 +294,3 @@ def _told() -> Iterator[None]:
         raise Problem(422, f"the text cannot be used: {error.reason}") from None
     except MmsslError as error:
         raise Problem(422, str(error)) from None
-
-
-def kind_of(tower: Tower) -> Any:
-    """Return the modality that a tower reads."""
-    return tower.encoder.kind if isinstance(tower, JointEncoder) else tower.kind

@@ -6,6 +6,8 @@ from http import HTTPStatus
 from typing import Any
 
 MEDIA_TYPE = "application/problem+json"
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
+"""Titles by RFC 9110 where Python still has older ones."""
 LONGEST = 500
 """Letters of a sentence: what a person sent may be quoted in it."""
 
@@ -23,12 +25,17 @@ class Problem(Exception):
         """Return the problem as JSON; ``request`` is the request's id."""
         facts = {
             "type": "about:blank",
-            "title": HTTPStatus(self.status).phrase,
+            "title": title(self.status),
             "status": self.status,
             "detail": self.detail,
             "instance": f"urn:uuid:{request}",
         }
         return json.dumps(facts).encode()
+
+
+def title(status: int) -> str:
+    """Return a status in words, as RFC 9110 has them."""
+    return TITLES.get(status) or HTTPStatus(status).phrase
 
 
 def busy(detail: str, seconds: int = 1) -> Problem:
@@ -59,8 +66,5 @@ SCHEMA: dict[str, Any] = {
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return OpenAPI's description of the errors with these statuses, and of those that any request may meet."""
     content = {MEDIA_TYPE: {"schema": SCHEMA}}
-    general = (400, 401, 403, 404, 405, 408, 413, 421, 429, 503)
-    return {
-        status: {"description": HTTPStatus(status).phrase, "content": content}
-        for status in sorted({*statuses, *general})
-    }
+    general = (400, 401, 403, 404, 405, 408, 413, 421, 429, 431, 501, 503)
+    return {status: {"description": title(status), "content": content} for status in sorted({*statuses, *general})}

@@ -6,12 +6,10 @@ import hmac
 import io
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -19,19 +17,17 @@ from torch import Tensor
 from mmssl.data import inline
 from mmssl.data.guard import BrokenFile
 from mmssl.objectives.clip import unit
-from tasks.report import Picture
 from tasks.search_index import SearchIndex
 from tasks.serve_limits import Limits
 from tasks.serve_media import Decoders, check_extent, restrict
 from tasks.serve_problem import Problem
+from tasks.thumbnails import thumbnail
 
 SIDE = 320
 """Pixels of a thumbnail's longer side."""
 QUALITY = 85
 KEPT = 20_000
 """Files that can be shown: the last ones that were found."""
-WAVE = 160
-"""Pixels of the height of a sound's picture."""
 
 
 class Search:
@@ -93,51 +89,6 @@ class Thumbnail:
         restrict(self.limits.decode_memory)
         if inline.text(path) is None and self.modality != "text":
             check_extent(path, self.modality, self.limits)
-        image = PIL.Image.fromarray(_PICTURES[self.modality](path))
-        image.thumbnail((SIDE, SIDE))
         out = io.BytesIO()
-        image.save(out, "JPEG", quality=QUALITY)
+        PIL.Image.fromarray(thumbnail(path, self.modality, SIDE)).save(out, "JPEG", quality=QUALITY)
         return out.getvalue()
-
-
-def _still(path: str) -> Picture:
-    from modalities.image_read import decode
-
-    picture = decode(path)
-    picture.thumbnail((2 * SIDE, 2 * SIDE))
-    return np.asarray(picture)
-
-
-def _frame(path: str) -> Picture:
-    from modalities.video_read import open_video
-
-    with open_video(path) as video:
-        frame: Picture = video.read([video.frames // 2])[0]
-        return frame
-
-
-def _wave(path: str) -> Picture:
-    """Return a sound's loudest moments over time: for every column of pixels its peaks, above and below the middle."""
-    from modalities.audio_read import read
-
-    samples = read(path).waveform.numpy()
-    columns = np.array_split(samples, SIDE)
-    high = np.array([part.max(initial=0) for part in columns])
-    low = np.array([part.min(initial=0) for part in columns])
-    scale = WAVE / 2 / max(1e-6, float(np.abs(samples).max()))
-    row = WAVE / 2 - np.arange(WAVE)[:, None]
-    inked = (row <= np.maximum(high * scale, 1)) & (row >= low * scale)
-    picture = np.full((WAVE, SIDE, 3), 255, np.uint8)
-    picture[inked] = INK
-    return picture
-
-
-def _page(path: str) -> Picture:
-    from modalities.text_read import read
-    from tasks.panels_retrieval import written
-
-    return written(read(path).text)
-
-
-INK = (13, 115, 119)
-_PICTURES: dict[str, Callable[[str], Picture]] = {"image": _still, "video": _frame, "audio": _wave, "text": _page}

@@ -16,12 +16,12 @@ from mmssl.backbones.vit import ViT
 from mmssl.contracts import Media, Modality, Reconstructs
 from mmssl.data.listing import list_files
 from mmssl.errors import UserError, nearest, sibling
-from mmssl.files import replacing_file
+from mmssl.files import legible, replacing_file
 from modalities.abilities import Moves, Sounds
 from modalities.encoder import MODALITIES, EncoderConfig, encoder_folder, load
 from modalities.looks import FramePair
 from tasks.build import EncoderRecipe
-from tasks.panels import Files, Panel, legible, read_example, read_rate, read_signal
+from tasks.panels import Files, Panel, read_example, read_rate, read_signal
 from tasks.panels_masks import read_masks
 from tasks.panels_media import animate
 from tasks.panels_neighbours import neighbours_panel

@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 import pytest
+import tiny
 import torch
 from media import numbered, tone, write_sound, write_video
 from torch import Tensor
 
 from mmssl import launch
-from mmssl.heads.decoder import MaskedDecoder
-from mmssl.masking import RandomMask
 from mmssl.objectives.mae import MAE
-from modalities.encoder import Encoder, EncoderConfig, typed
+from modalities.encoder import Encoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,60 +31,22 @@ def _reproducible():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_encoder() -> Callable[..., Encoder]:
-    """Make an image encoder of 2 narrow blocks; keywords not named here reach the backbone."""
-
-    def make(
-        size: tuple[int, int] = (16, 16),
-        patch_size: tuple[int, int] = (4, 4),
-        dim: int = 32,
-        cls_token: bool = True,
-        target: str = "normalized",
-        positions: str = "sincos",
-        **backbone: Any,
-    ) -> Encoder:
-        model = {
-            "tokenizer": {"patch_size": patch_size, "target": target, "positions": positions},
-            "backbone": {"dim": dim, "depth": 2, "num_heads": 4, **backbone},
-            "cls_token": cls_token,
-        }
-        config = typed(EncoderConfig, "image", "test")
-        return Encoder(config(modality="image", signal={"size": size}, model=model))
-
-    return make
+    """Make an image encoder of 2 narrow blocks; keywords not named there reach the backbone."""
+    return tiny.tiny_encoder
 
 
-@pytest.fixture
-def tiny_mae(tiny_encoder: Callable[..., Encoder]) -> Callable[..., MAE]:
+@pytest.fixture(scope="session")
+def tiny_mae() -> Callable[..., MAE]:
     """Make a MAE of a tiny encoder and a decoder of 2 blocks, both as wide; keywords reach ``tiny_encoder``."""
-
-    def make(
-        mask_ratio: float = 0.75,
-        objective: type[MAE] = MAE,
-        decoder: type[MaskedDecoder] = MaskedDecoder,
-        **options: Any,
-    ) -> MAE:
-        encoder = tiny_encoder(**options)
-        tokenizer = encoder.tokenizer
-        head = decoder(encoder.dim, tokenizer.patch_dim, tokenizer.grid, dim=encoder.dim, depth=2, num_heads=4)
-        return objective(encoder, head, RandomMask(mask_ratio))
-
-    return make
+    return tiny.tiny_mae
 
 
 @pytest.fixture(scope="session")
 def draw_batch() -> Callable[..., dict[str, Tensor]]:
     """Collate signals [B, C, *size] with masks drawn from ``seed``: what an objective is called with."""
-
-    def draw(objective: MAE, signal: Tensor, seed: int = 0) -> dict[str, Tensor]:
-        mask, rng = objective.draw(), np.random.default_rng(seed)
-        grid = objective.encoder.tokenizer.grid_of(signal.shape[2:])
-        rows = [mask(rng, grid) for _ in signal]
-        masks = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-        return {"signal": signal, "seed": torch.arange(len(signal)), **masks}
-
-    return draw
+    return tiny.draw_batch
 
 
 @pytest.fixture(scope="session")

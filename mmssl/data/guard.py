@@ -119,14 +119,21 @@ def _reason(error: Exception, path: str) -> str:
         return f"cannot be read: {fault.strerror}"
     if isinstance(error, EOFError) or _TRUNCATED.search(str(error)):
         return "truncated"
+    if isinstance(error, OSError) and error.errno is not None:  # the system's, not a library's for what is in the file
+        return f"cannot be read: {os.strerror(error.errno)}"
     return _clause(error, path)
 
 
 def _clause(error: Exception, path: str) -> str:
-    lines = str(error).strip().splitlines()
+    words = getattr(error, "strerror", None) or str(error)  # the system's own, without its number and the file's name
+    lines = str(words).strip().splitlines()
     message = (
         lines[0].replace(repr(path), "").replace(path, "").replace(file_of(path), "").strip()[:_LONGEST].strip()
         if lines
         else ""
     )
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    name = type(error).__name__
+    if not message:
+        return name
+    # Python's name for it is no reason to a person; but of a missing key the words are the key alone.
+    return f"{name}: {message}" if isinstance(error, KeyError) else message

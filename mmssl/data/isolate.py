@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 # On macOS the system's own libraries do not survive a fork, which is why Python spawns there.
 _CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
+CRASHES = "crashes its decoder"
+"""The reason where a decoder has ended its process, or somebody else has."""
 _CRASHES = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT")
 _PR_SET_PDEATHSIG = 1
 # Looked up before any fork: another thread may hold the dynamic loader's lock at the moment of one.
@@ -94,7 +96,7 @@ def _fate(error: BaseException, timeout: float | None) -> str | None:
     if isinstance(error, TimeoutError):
         return f"timed out after {timeout:g} s"
     if isinstance(error, EOFError | ConnectionError):
-        return "crashes its decoder"
+        return CRASHES
     return "too large to decode" if isinstance(error, MemoryError) else None
 
 
@@ -173,16 +175,22 @@ def _settle(theirs: socket.socket, parent: int) -> None:
 
 
 def _let_go(kept: int) -> None:
-    # Whoever waits for the end of a pipe or socket waits for every process that has it open. They are pointed at
-    # nothing rather than closed: the parent's objects still know the numbers, which would soon be those of other files.
+    # Whoever waits for the end of a pipe or socket waits for every process that has it open, and what is in a file of
+    # memory is there for as long: other threads' files, of which this process never hears. They are pointed at nothing
+    # rather than closed: the parent's objects still know the numbers, which would soon be those of other files.
     nothing = os.open(os.devnull, os.O_RDWR)
     with suppress(FileNotFoundError):  # no /proc
         for number in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
             with suppress(OSError):  # the listing's own
                 mode = os.fstat(number).st_mode
-                if number > 2 and number != kept and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+                shared = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+                if number > 2 and number != kept and (shared or _in_memory(number)):
                     os.dup2(nothing, number, inheritable=False)
     os.close(nothing)
+
+
+def _in_memory(number: int) -> bool:
+    return os.readlink(f"/proc/self/fd/{number}").startswith("/memfd:")  # noqa: PTH115
 
 
 def _answer(request: list[memoryview]) -> list[memoryview]:

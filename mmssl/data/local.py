@@ -47,7 +47,7 @@ def local(path: str) -> Iterator[str]:
         yield path
         return
     data = get()
-    with _shown(data, paths.suffix(file) or suffix_of(data)) as name:
+    with shown(data, paths.suffix(file) or suffix_of(data)) as name:
         yield name + path[len(file) :]
 
 
@@ -59,7 +59,8 @@ def suffix_of(data: bytes) -> str:
 
 
 @contextmanager
-def _shown(data: bytes, suffix: str) -> Iterator[str]:
+def shown(data: bytes, suffix: str) -> Iterator[str]:
+    """Yield the path of a file that holds ``data``, in memory where the system can; it is gone afterwards."""
     suffix = suffix if len(suffix) <= _LONGEST_SUFFIX else ""
     if not _IN_MEMORY:
         with tempfile.NamedTemporaryFile(prefix="mmssl-", suffix=suffix) as file:

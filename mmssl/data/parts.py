@@ -1,5 +1,6 @@
 """Files inside other files, whose paths say where: members of tars and cells of tables."""
 
+import os
 from collections.abc import Hashable
 from typing import Any, TypeAlias
 
@@ -23,8 +24,19 @@ def container(file: str) -> str:
 
 
 def stamp(file: str) -> list[Any]:
-    """Return what changes when a file, or the one that it is inside of, is written anew; see ``paths.stamp``."""
-    return paths.stamp(container(file))
+    """Return what changes when a file, or the one that it is inside of, is written anew; see ``paths.stamp``.
+
+    Of a folder of frames it is that of every frame: one that is replaced leaves the folder's own as it was.
+    """
+    there = container(file)
+    try:
+        if paths.url(there) is None and os.path.isdir(there):  # noqa: PTH112 - a Path per file is slow for a million
+            # Frames are files in it: what lies deeper, perhaps behind links that go in circles, is none.
+            entries = sorted(os.scandir(there), key=lambda one: one.name)
+            return [[entry.name, *paths.stamp(entry.path)] for entry in entries]
+    except OSError:
+        return [None, None]
+    return paths.stamp(there)
 
 
 def block(file: str) -> Hashable:

@@ -161,9 +161,14 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                pending.append((entry.path, (*above, here)))
-            elif entry.is_file() or entry.is_symlink():
+            try:
+                if entry.is_dir():
+                    pending.append((entry.path, (*above, here)))
+                    continue
+                counts = entry.is_file() or entry.is_symlink()
+            except OSError:  # a link to itself
+                counts = entry.is_symlink()
+            if counts:
                 names.append(entry.name)
         yield folder, names
 

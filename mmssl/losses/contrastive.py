@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from mmssl.distributed import all_gather, rank
 from mmssl.losses.info_nce import chosen
+from mmssl.uncompiled import uncompiled
 
 TILE = {"cpu": 512}
 """Rows and columns of a tile, by device: two of them stay in a core's share of the cache."""
@@ -52,7 +53,7 @@ class PairLoss(NamedTuple):
     """bool [B, 2]: whether b_i is the best match of a_i among all ranks' b, and a_i that of b_i among all ranks' a."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def symmetric_info_nce(
     a: Tensor, b: Tensor, scale: Tensor, present: Tensor | None = None, tile: int | None = None
 ) -> PairLoss:
@@ -70,7 +71,7 @@ def symmetric_info_nce(
         return logits.result(losses, positive, best_rows, best_columns)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def pairwise_sigmoid(
     a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, present: Tensor | None = None, tile: int | None = None
 ) -> PairLoss:

@@ -200,8 +200,8 @@ class CLIP(nn.Module):
     def _compare(self, a: Tensor, b: Tensor, present: Tensor) -> PairLoss:
         scale, bias = self.temperature.scale(), self.temperature.bias
         if bias is None:
-            return symmetric_info_nce(a, b, scale, present)  # type: ignore[no-any-return]
-        return pairwise_sigmoid(a, b, scale, bias, present)  # type: ignore[no-any-return]
+            return symmetric_info_nce(a, b, scale, present)
+        return pairwise_sigmoid(a, b, scale, bias, present)
 
 
 class Temperature(nn.Module):

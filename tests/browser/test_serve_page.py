@@ -182,6 +182,13 @@ def test_what_is_missing_or_broken_is_said_and_the_next_answer_takes_it_away(pag
     tab.ask("document.querySelector('#search-form button').click()")
     wait(tab, "document.querySelectorAll('.hits img').length === 5")
     assert tab.ask("document.getElementById('search-message').textContent") == ""
+    fill(tab, "query", " ")
+    tab.ask("document.querySelector('#search-form button').click()")
+    assert wait(tab, "document.getElementById('search-message').textContent")
+    assert (
+        tab.ask("document.querySelectorAll('.hits li').length + document.getElementById('search-count').innerText")
+        == "0"
+    )
     # Chromium itself notes every answer that is an error; nothing else is wrong.
     assert all("422" in one for one in tab.complaints())
 
@@ -197,7 +204,7 @@ def test_names_are_words_and_files_are_found_by_an_example(page, album):
     )
     assert names[0] == "e.png"
     assert "<img src=x onerror=alert(1)>.png" in names
-    assert tab.ask("document.getElementById('search-count').textContent") == "5 files, the nearest first"
+    assert tab.ask("document.getElementById('search-count').textContent") == "5 files like e.png, the nearest first"
 
 
 def test_the_keyboard_reaches_everything(page):
@@ -218,6 +225,12 @@ def test_the_keyboard_reaches_everything(page):
     assert unnamed == []
     live = tab.ask("[...document.querySelectorAll('[aria-live]')].length")
     assert live >= 2
+
+
+def test_what_is_asked_for_is_what_the_service_reads(page):
+    tab = page()
+    assert tab.ask("[...document.getElementById('template').options].map(one => one.value)") == ["", "photo", "drawing"]
+    assert tab.ask("document.getElementById('query-label').textContent") == "What is to be seen"
 
 
 def test_a_file_can_be_dropped(page, album):

@@ -57,8 +57,12 @@ def test_reasons_of_the_file_system(tmp_path, some_file):
         (EOFError(), "truncated"),
         (MemoryError(), "too large to decode"),
         (BrokenFile("too short"), "too short"),
-        (ValueError("bad header\nand more"), "ValueError: bad header"),
+        (ValueError("bad header\nand more"), "bad header"),
+        (SyntaxError("broken PNG file"), "broken PNG file"),
+        (FileNotFoundError(2, "No such file or directory", "/srv/x"), "cannot be read: No such file or directory"),
+        (OSError(24, "Too many open files"), "cannot be read: Too many open files"),
         (KeyError(), "KeyError"),
+        (KeyError("dim"), "KeyError: 'dim'"),
     ],
 )
 def test_reasons_of_decoders(some_file, error, expected):
@@ -66,7 +70,7 @@ def test_reasons_of_decoders(some_file, error, expected):
 
 
 def test_a_reason_is_short_and_does_not_repeat_the_path(some_file):
-    assert reason(failing(OSError(f"cannot open {some_file!r}")), some_file) == "OSError: cannot open"
+    assert reason(failing(OSError(f"cannot open {some_file!r}")), some_file) == "cannot open"
     assert len(reason(failing(OSError("x" * 10_000)), some_file)) < 200
 
 

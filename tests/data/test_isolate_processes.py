@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmssl.data import isolate
 from mmssl.data.isolate import close, isolated
+from mmssl.data.local import shown
 
 pytestmark = pytest.mark.skipif(not isolate._CAN_FORK, reason="children are forked")
 FORK = multiprocessing.get_context("fork")
@@ -164,6 +165,24 @@ def test_the_child_keeps_no_pipe_open(some_file):
     assert select.select([source], [], [], LONG)[0]
     assert os.read(source, 1) == b""
     os.close(source)
+
+
+def memory_files(path):
+    found = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum(str(link).startswith("/memfd:") for link in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="takes files of memory")
+def test_the_child_keeps_no_file_of_memory_of_other_threads(some_file):
+    number = os.memfd_create("upload")
+    try:
+        assert isolated(memory_files, some_file, LONG) == 0
+        links = Path(f"/proc/{isolated(pid, some_file, LONG)}/fd").iterdir()
+        assert not any("memfd:" in str(link.readlink()) for link in links)
+        with shown(b"content", ".bin") as name:  # which the parent has, and the child opens by its name
+            assert isolated(read, name, LONG) == b"content"
+    finally:
+        os.close(number)
 
 
 def test_the_child_leaves_exit_handlers_and_buffers_to_the_parent(some_file, tmp_path):

@@ -236,6 +236,17 @@ def test_the_filter_is_the_same_where_it_is_not_kept(rates, monkeypatch):
     torch.testing.assert_close(audio_read.resampled(samples, *rates), expected, rtol=0, atol=1e-6)
 
 
+def test_the_kernel_of_a_long_sound_is_worked_out_once_for_every_place(monkeypatch):
+    sinc, values = torch.sinc, []
+    monkeypatch.setattr(torch, "sinc", lambda x: values.append(x.numel()) or sinc(x))
+    samples = torch.from_numpy(noise(1.0, 7919)[:, 0])
+    long = audio_read.resampled(samples.repeat(3), 7919, 8009)
+    once = sum(values)
+    monkeypatch.setattr(audio_read, "MAX_TABLE", 0)
+    torch.testing.assert_close(audio_read.resampled(samples.repeat(3), 7919, 8009), long, rtol=0, atol=0)
+    assert sum(values) - once == 3 * once
+
+
 def test_what_a_file_cannot_hold_is_not_there_at_a_higher_rate():
     tone = torch.sin(2 * math.pi * 3600 * torch.arange(8000) / 8000)
     spectrum = torch.fft.rfft(audio_read.resampled(tone, 8000, 16000) * torch.hann_window(16000)).abs()

@@ -15,7 +15,7 @@ STAGES = {
     "image": "zero3", "video": "zero2", "audio": "zero1", "pairs": "zero3", "cpc": "zero2", "text": "zero1",
     "clip": "zero3",
 }  # fmt: skip
-MIDDLE, STEPS = 4, 8
+MIDDLE, STEPS = 2, 4
 SHARED = {
     "train.steps": STEPS, "checkpoint.every_steps": MIDDLE, "checkpoint.keep": 9, "data.log_samples": True,
 }  # fmt: skip

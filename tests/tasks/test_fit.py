@@ -2,12 +2,15 @@
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -186,35 +189,40 @@ sys.exit(code)
 """
 
 
-def drive(mode: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    script = folder / "driver.py"
-    script.write_text(textwrap.dedent(DRIVER))
-    return subprocess.run(
-        [sys.executable, str(script), mode, *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+def command(photos: Path, settings: dict[str, Any], run: Path) -> list[str]:
+    """The words of a run with a checkpoint every 4 steps."""
+    words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    return ["pretrain", "image-mae-tiny", "--data", str(photos), "--out", str(run), *words, "checkpoint.every_steps=4"]
 
 
-@pytest.fixture
-def command(photos, tiny_settings, tmp_path):
-    """The same run from the command line, with a checkpoint every 4 steps."""
-    words = [f"{key}={json.dumps(value)}" for key, value in tiny_settings.items()]
-    data = ["--data", str(photos), "--out", str(tmp_path / "run")]
-    return ["pretrain", "image-mae-tiny", *data, *words, "checkpoint.every_steps=4"]
+@pytest.fixture(scope="module")
+def killed(photos, tiny_settings, tmp_path_factory):
+    """By mode, the folder in which a run was killed, how it ended and what it said; both at once."""
+    folders = {mode: tmp_path_factory.mktemp(mode) for mode in ("step", "write")}
+    with ExitStack() as stack:
+        started = {}
+        for mode, folder in folders.items():
+            (folder / "driver.py").write_text(textwrap.dedent(DRIVER))
+            words = [str(folder / "driver.py"), mode, *command(photos, tiny_settings, folder / "run")]
+            driver = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
+            started[mode] = stack.enter_context(driver)
+        said = {mode: process.communicate(timeout=120)[1] for mode, process in started.items()}
+        return {mode: (folder, started[mode].returncode, said[mode]) for mode, folder in folders.items()}
 
 
 @pytest.mark.parametrize(("mode", "left"), [("step", 8), ("write", 4)])
-def test_kill_9_and_resume_is_bitwise_the_same(straight, tmp_path, command, photos, tiny_settings, capfd, mode, left):
-    killed = drive(mode, tmp_path, *command)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    found, notes = checkpoint.newest(tmp_path / "run" / "checkpoints")
+def test_kill_9_and_resume_is_bitwise_the_same(straight, killed, photos, tiny_settings, capfd, mode, left):
+    folder, code, error = killed[mode]
+    assert code == -signal.SIGKILL, error
+    found, notes = checkpoint.newest(folder / "run" / "checkpoints")
     assert found.step == left
     assert bool(notes) == (mode == "write")
-    pretrain("image-mae-tiny", photos, tmp_path / "run", {**tiny_settings, "checkpoint.every_steps": 4}, resume=True)
+    pretrain("image-mae-tiny", photos, folder / "run", {**tiny_settings, "checkpoint.every_steps": 4}, resume=True)
     said = capfd.readouterr().err
     assert f"resuming from step {left} of 12" in said
     assert ("was not finished" in said) == (mode == "write")
-    assert_same(weights(straight, 12), weights(tmp_path / "run", 12))
-    assert losses(tmp_path / "run") == losses(straight)
+    assert_same(weights(straight, 12), weights(folder / "run", 12))
+    assert losses(folder / "run") == losses(straight)
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(straight, tmp_path, photos, tiny_settings, capfd):
@@ -236,23 +244,30 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, photos, tiny_settings):
     assert names == ["step-00000009", "step-00000012"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_checkpoint_and_give_their_exit_code(tmp_path, command, number, code):
-    long = [word for word in command if not word.startswith("train.steps")] + ["train.steps=100000"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "mmssl", *long], stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    ) as process:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while not metrics.exists() and process.poll() is None:
-            os.sched_yield()
-        process.send_signal(number)
-        error = process.communicate(timeout=60)[1]
-    assert process.returncode == code, error
-    assert "after a checkpoint; add --resume to go on" in error
-    assert "Traceback" not in error
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "stopped"
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step == status["step"] > 0
+def test_signals_checkpoint_and_give_their_exit_code(tmp_path, photos, tiny_settings):
+    """Both at once: what takes long is that a program starts."""
+    codes = {signal.SIGTERM: 143, signal.SIGINT: 130}
+    runs = {number: tmp_path / number.name for number in codes}
+    with ExitStack() as stack:
+        started = {}
+        for number, run in runs.items():
+            words = [sys.executable, "-m", "mmssl", *command(photos, {**tiny_settings, "train.steps": 100_000}, run)]
+            program = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+            started[number] = stack.enter_context(program)
+        for number, process in started.items():
+            ends = os.pidfd_open(process.pid)
+            while not (runs[number] / "metrics.jsonl").exists() and process.poll() is None:
+                select.select([ends], [], [], 0.02)
+            os.close(ends)
+            process.send_signal(number)
+        said = {number: process.communicate(timeout=60)[1] for number, process in started.items()}
+    for number, run in runs.items():
+        assert started[number].returncode == codes[number], said[number]
+        assert "after a checkpoint; add --resume to go on" in said[number]
+        assert "Traceback" not in said[number]
+        status = json.loads((run / "status.json").read_text())
+        assert status["state"] == "stopped"
+        assert checkpoint.newest(run / "checkpoints")[0].step == status["step"] > 0
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_the_checkpoint_before(tmp_path, photos, tiny_settings, monkeypatch):

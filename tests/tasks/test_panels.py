@@ -10,7 +10,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 
 from mmssl.errors import UnusableData, UserError
-from tasks.panels import Block, Line, Panel, Shot, legible
+from mmssl.files import legible
+from tasks.panels import Block, Line, Panel, Shot
 from tasks.panels_page import CAPTION, draw, fit, shorten, wrap
 from tasks.panels_tsne import read_vectors, tsne_panel
 

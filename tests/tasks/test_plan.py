@@ -88,7 +88,7 @@ def test_a_batch_that_does_not_fit_is_cut_to_the_greatest_that_does():
 
 
 def test_the_least_stage_that_fits_is_proposed():
-    wide = {**TINY, "model.backbone": {"dim": 1024, "depth": 8, "num_heads": 8}, "train.batch_size": 8}
+    wide = {**TINY, "model.backbone": {"dim": 1024, "depth": 2, "num_heads": 8}, "train.batch_size": 8}
     recipe = load_recipe("image-mae-tiny", {**wide, "train.precision": "bf16"})
     sizes = [bytes_of(recipe, 8, name, 1, 1) / 1e9 for name in ("zero0", "zero1", "zero2")]
     assert sizes[0] > sizes[1]
@@ -144,6 +144,7 @@ def test_sizes_and_durations_have_units_that_people_take():
 def test_what_compares_samples_is_cut_into_chunks_and_never_accumulated(materials):
     recipe, _, settings = materials["clip"]
     settings = {**settings, "objective.chunk": None, "train.batch_size": 16, "towers.image.signal.size": [32, 32]}
+    settings |= {f"towers.{name}.model.backbone": {"dim": 16, "depth": 1, "num_heads": 2} for name in ("image", "text")}
     whole = plan(recipe, settings, machines=small(2)).proposal
     assert (whole.micro_batch, whole.accumulate, whole.chunk) == (8, 1, None)
     parsed = load_recipe(recipe, {**settings, "train.precision": "bf16"})

@@ -226,7 +226,7 @@ def test_strip_has_every_picture_below_its_caption(tmp_path):
     assert [attrs["alt"] for attrs in page.all("img")] == ["input", f"0.98, {name}"]
     assert [attrs["title"] for attrs in page.all("figcaption")] == ["input", f"0.98, {name}"]
     assert f"0.98{name}" in page.text  # in pieces on the page, and yet whole
-    assert page.of_class("strip")[0]["style"] == "--of: 1; --lines: 2"
+    assert page.of_class("strip")[0]["style"] == "--of: 1; --lines: 2; --least: 4.75rem"
 
 
 # Curves

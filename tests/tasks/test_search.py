@@ -7,6 +7,7 @@ to the wrong folder, a sheet that is written where nothing was found out.
 import base64
 import io
 import json
+import os
 import re
 import shutil
 
@@ -44,7 +45,7 @@ def test_words_find_pictures_as_json(run, photos, ask):
     found = json.loads(out)
     assert set(found) == {"task", "query", "modality", "results", "files", "refreshed", "skipped", "out"}
     assert found["query"] == {"text": "a red flower"}
-    assert found["refreshed"] == {"embedded": 30, "kept": 0, "dropped": 0}
+    assert found["refreshed"] == {"embedded": 30, "kept": 0, "dropped": 0, "broken": 0}
     assert [set(one) for one in found["results"]] == [{"path", "score"}] * 3
     towers = joint_encoders(run)
     paths = [one["path"] for one in found["results"]]
@@ -150,10 +151,11 @@ def test_broken_files_are_told_at_the_end(run, photos, tmp_path, ask):
         (tmp_path / f"bad{i}.png").write_bytes(b"")
     code, out, _ = ask("search", run, tmp_path, "red", "--modality", "image")
     assert code == 0
-    assert f"{tmp_path}/bad4.png: cannot be found (empty file)" in out
-    assert "2 more files cannot be read" in out
+    assert f"left out, since it cannot be read: {tmp_path}/bad4.png (empty file)" in out
+    assert "2 more files are left out" in out
     _, out, _ = ask("search", run, tmp_path, "red", "--modality", "image", "--json")
     assert len(json.loads(out)["skipped"]) == 7
+    assert json.loads(out)["refreshed"] == {"embedded": 0, "kept": 11, "dropped": 0, "broken": 7}
 
 
 def test_files_are_called_as_the_person_would(run, photos, tmp_path, monkeypatch):
@@ -201,7 +203,39 @@ def test_a_sheet_shows_words_and_what_has_gone(run, photos, tmp_path):
     text = (tmp_path / "sheet.html").read_text()
     assert "<b>" not in text
     assert "&lt;1&amp;.png" in text
-    assert len(re.findall("<img", text)) == 4
+    assert len(re.findall("<img", text)) == 3
+
+
+def test_names_that_are_no_text_or_steer_a_terminal_are_escaped(run, photos, tmp_path, ask):
+    for name in (b"bad\xff.png", b"\x1b[31mred.png", b"a\nb.png"):
+        shutil.copy(next(photos.rglob("*.png")), os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    (tmp_path / "\x1b[2Jempty.png").touch()
+    code, out, err = ask("search", run, tmp_path, "red", "--modality", "image")
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    for words in (r"bad\udcff.png", r"\x1b[31mred.png", r"a\nb.png", r"\x1b[2Jempty.png (empty file)"):
+        assert words in out
+    code, out, _ = ask("search", run, tmp_path, "red", "--modality", "image", "--json")
+    assert os.fsencode(json.loads(out)["results"][0]["path"]).startswith(os.fsencode(tmp_path))
+
+
+def test_words_need_no_quotes_and_a_sheet_never_replaces_the_example(run, photos, tmp_path, ask):
+    code, out, _ = ask("search", run, photos, "a", "red", "flower", "--modality", "image", "--json")
+    assert (code, json.loads(out)["query"]) == (0, {"text": "a red flower"})
+    mine = shutil.copy(next(photos.rglob("*.png")), tmp_path / "mine.png")
+    code, _, err = ask("search", run, photos, "--like", mine, "--out", mine, "--modality", "image")
+    assert code == 2
+    assert "is the example itself" in err
+    assert PIL.Image.open(mine).size
+    os.mkfifo(tmp_path / "pipe.png")
+    for words in (("--like", tmp_path / "pipe.png"), ("red", "--out", tmp_path / "pipe.png")):
+        code, _, err = ask("search", run, photos, *words, "--modality", "image")
+        assert code == 2
+        assert "no regular file" in err
+    code, _, err = ask("search", run, photos, "red", "--index", tmp_path / "pipe.png", "--modality", "image")
+    assert code == 2
+    code, _, err = ask("search", run, photos, "red", "--rebuild", "--no-refresh", "--modality", "image")
+    assert code == 2
 
 
 def test_markup_in_names_is_only_a_name(run, photos, tmp_path):

@@ -1,50 +1,36 @@
-"""The index of a search: what a refresh reads again, files that go and break, other processes, kills, damage.
+"""The index of a search: what a refresh reads again, files that go and break, other processes, kills.
 
 Planted bugs that fail here: changed files by name alone, vectors of dropped files given to their neighbours, a commit
 that forgets what the old index had, no lock, the half-written file left behind, another encoder's vectors compared.
 """
 
-import json
+# Fixtures of another module are imported by the names by which tests ask for them.
+# ruff: noqa: F811
+
 import multiprocessing
 import os
 import shutil
 import signal
+import tarfile
 import threading
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 import pytest
 import torch
+from searching import folder, repaint, run, towers  # noqa: F401
 from towers import untrained, write_rows
 
 import mmssl.files
-from mmssl import JointEncoder, SearchIndex
+from mmssl import SearchIndex
 from mmssl.data import inline
-from mmssl.errors import UnusableData, UserError
-from tasks import search_file, search_index
-from tasks.search_file import FACTS, Entry, Facts, State, StoredIndex, state_of, write_index
+from mmssl.errors import UnusableData
+from tasks import search_index
+from tasks.cli import main
+from tasks.files_bar import FilesBar
+from tasks.search_file import states_of
 
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return untrained(tmp_path_factory.mktemp("clip") / "run", "image", "text")
-
-
-@pytest.fixture(scope="module")
-def towers(run):
-    return {name: JointEncoder(run / f"encoder-{name}") for name in ("image", "text")}
-
-
-@pytest.fixture
-def folder(tmp_path, photos):
-    """Ten pictures."""
-    (tmp_path / "mine" / "deeper").mkdir(parents=True)
-    for i, path in enumerate(sorted((photos / "train").rglob("*.png"))[:10]):
-        shutil.copy2(path, tmp_path / "mine" / ("deeper" if i % 2 else ".") / f"{i}.png")
-    return tmp_path / "mine"
 
 
 @pytest.fixture
@@ -63,10 +49,6 @@ def seen(towers, monkeypatch):
         return found
 
     return ask
-
-
-def repaint(path, shade=0):
-    PIL.Image.fromarray(np.full((20, 24, 3), shade, np.uint8)).save(path)
 
 
 def names(index, top=100):
@@ -208,11 +190,61 @@ def test_pieces_captions_and_rows_that_repeat(run, towers, folder, sounds, tmp_p
 def test_a_folder_of_frames_changes_with_any_of_them(tmp_path):
     for i in range(3):
         repaint(tmp_path / f"{i}.png", shade=i)
-    before = state_of(str(tmp_path))
-    assert state_of(str(tmp_path)) == before
+    path = str(tmp_path)
+    before = states_of([path])
+    assert states_of([path]) == before
     stat = (tmp_path / "1.png").stat()
     os.utime(tmp_path / "1.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert state_of(str(tmp_path)) != before
+    assert states_of([path]) != before
+
+
+def test_a_file_in_a_shard_is_found_by_example_and_changes_with_the_shard(towers, tmp_path):
+    shard = tmp_path / "shards" / "a.tar"
+    shard.parent.mkdir()
+    for i in range(3):
+        repaint(tmp_path / f"{i}.png", shade=90 * i)
+    with tarfile.open(shard, "w") as tar:
+        for i in range(3):
+            tar.add(tmp_path / f"{i}.png", f"{i}.png")
+    index = SearchIndex(towers, shard.parent, tmp_path / "i.arrow")
+    assert index.refresh().embedded == 3
+    assert index.refresh().embedded == 0
+    member = index.search(like=str(tmp_path / "1.png"), top=1)[0]["path"]
+    assert member.endswith("/1.png")
+    assert index.search(like=member, top=1)[0]["path"] == member
+    os.utime(shard, ns=(0, 1))
+    assert index.refresh().embedded == 3
+
+
+def test_files_are_embedded_anew_on_request(towers, folder, seen):
+    index = SearchIndex(towers, folder)
+    index.refresh()
+    one, other = folder / "0.png", folder / "2.png"
+    for path in (one, other):
+        PIL.Image.new("RGB", (8, 8), "red" if path == one else "blue").save(path, "BMP")
+        os.utime(path, ns=(0, 0))
+    index.refresh()
+    seen()
+    swapped = folder / "swapped"
+    one.rename(swapped), other.rename(one), swapped.rename(other)
+    assert index.refresh().embedded == seen() == 0  # equal sizes and times: nobody can see it without reading
+    assert index.refresh(anew=True).embedded == seen() == 10
+    assert [hit["path"] for hit in index.search(like=str(one), top=1)] == [str(one)]
+
+
+def test_what_may_pass_is_tried_again(towers, folder):
+    index = SearchIndex(towers, folder)
+    assert len(index.refresh(workers=0, timeout=1e-5).broken) == 10
+    assert index.refresh(workers=0).embedded == 10
+
+
+def test_a_link_to_itself_is_a_broken_file(towers, folder):
+    (folder / "self.png").symlink_to("self.png")
+    index = SearchIndex(towers, folder)
+    ((path, reason),) = index.refresh().broken
+    assert index.name(path) == "self.png"
+    assert "symbolic links" in reason
+    assert len(index) == 10
 
 
 # Interruptions and other processes
@@ -232,7 +264,7 @@ def _ended(child):
 
 def _refresh_and_die(towers, folder, after):
     torch.set_num_threads(1)
-    search_index.COMMIT_SECONDS = 0.0
+    search_index.FIRST_COMMIT = search_index.COMMIT_SECONDS = 0.0
 
     def progress(done, total):
         if done >= after:
@@ -254,6 +286,19 @@ def test_killed_in_mid_refresh_the_old_index_answers_and_work_is_kept(towers, fo
     # Four were on the disk when the process died with six done.
     assert after.refresh().embedded == seen() == 6
     assert names(after) == sorted(brute_force(after, towers, "red"))
+
+
+def _terminated(run, folder):
+    torch.set_num_threads(1)
+    extract_in_process = search_index.signals
+    search_index.signals = lambda encoder, todo, size, workers, **more: extract_in_process(encoder, todo, 2, 0, **more)
+    FilesBar.__call__ = lambda bar, done, total: os.kill(os.getpid(), signal.SIGTERM) if done == 6 else None
+    os._exit(main(["search", str(run), str(folder), "red"]))
+
+
+def test_sigterm_keeps_what_was_embedded(run, towers, folder):
+    assert _ended(_forked(_terminated, run, folder)) == 128 + signal.SIGTERM
+    assert SearchIndex(towers, folder).refresh().embedded == 4
 
 
 def _die_while_writing(towers, folder):
@@ -290,7 +335,7 @@ def test_an_interruption_keeps_what_was_done(towers, folder):
 
 def _first(towers, folder, started, waiting, answers):
     torch.set_num_threads(1)
-    search_index.COMMIT_SECONDS = 0.0
+    search_index.FIRST_COMMIT = search_index.COMMIT_SECONDS = 0.0
 
     def progress(done, total):
         started.set()
@@ -345,94 +390,3 @@ def test_threads_search_while_one_refreshes(towers, folder, monkeypatch):
         for thread in asking:
             thread.join(60)
     assert faults == []
-
-
-# What is no index, or another's
-
-
-def test_an_index_of_another_encoder_or_folder_is_refused(run, towers, folder, tmp_path):
-    mine = tmp_path / "mine.arrow"
-    SearchIndex(towers, folder, mine).refresh()
-    other = untrained(tmp_path / "other", "image", "text", seed=1)
-    with pytest.raises(UserError, match=r"mine\.arrow is the index of another encoder; give another --index"):
-        SearchIndex(other, folder, mine)
-    with pytest.raises(UserError, match=f"is the index of another folder, {folder}"):
-        SearchIndex(run, folder / "deeper", mine)
-    # By default each has its own.
-    SearchIndex(other, folder).refresh()
-    assert len(SearchIndex(run, folder)) == 0
-    assert len(SearchIndex(run, folder, mine)) == 10
-
-
-@pytest.mark.parametrize("cut", [0, 1, 100, -1, -9])
-def test_a_truncated_index_is_told_and_made_anew_where_it_is_the_default_one(towers, folder, tmp_path, cut, capsys):
-    for given in (None, tmp_path / "mine.arrow"):
-        index = SearchIndex(towers, folder, given)
-        index.refresh()
-        index.file.write_bytes(index.file.read_bytes()[:cut])
-        if given is None:
-            again = SearchIndex(towers, folder)
-            assert "is not a whole search index" in capsys.readouterr().err
-            assert len(again) == 0
-            assert again.refresh().embedded == 10
-            assert capsys.readouterr().err == ""  # it has been told
-        else:
-            with pytest.raises(UnusableData, match=r"mine\.arrow is not a whole search index.*remove it, or give"):
-                SearchIndex(towers, folder, given)
-
-
-def test_a_file_that_is_no_index_is_left_alone(towers, folder):
-    picture = folder / "0.png"
-    before = picture.read_bytes()
-    with pytest.raises(UnusableData, match="is not a whole search index"):
-        SearchIndex(towers, folder, picture)
-    assert picture.read_bytes() == before
-    with pytest.raises(UserError, match="is a folder"):
-        SearchIndex(towers, folder, folder)
-    with pytest.raises(UserError, match="does not exist"):
-        SearchIndex(towers, folder, folder / "nowhere" / "x.arrow")
-
-
-def test_an_index_of_another_format_is_refused(towers, folder, tmp_path):
-    file = tmp_path / "mine.arrow"
-    SearchIndex(towers, folder, file).refresh()
-    with pa.OSFile(str(file)) as source:
-        table = pa.ipc.open_file(source).read_all()
-    facts = json.loads(table.schema.metadata[FACTS])
-    for change in ({"format": 2}, {"whole": 11}, {"dim": 9}, {"whole": None}):
-        metadata = {FACTS: json.dumps({**facts, **change})}
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema.with_metadata(metadata)) as writer:
-            writer.write_table(table)
-        with pytest.raises((UserError, UnusableData), match=r"mine\.arrow"):
-            SearchIndex(towers, folder, file)
-
-
-def test_an_index_in_many_parts_is_one(tmp_path, monkeypatch):
-    """Written three rows at a time, in two steps, it holds and gives back what one part would."""
-    monkeypatch.setattr(search_file, "ROWS", 3)
-    facts = Facts(fingerprint="f", modality="image", folder="/x", split=None, dim=4)
-    rng = np.random.default_rng(0)
-    vectors = {f"/x/\udcff{i:02d}": rng.normal(size=4).astype(np.float16) for i in range(11)}
-    broken = {f"/x/{i:02d}z": f"reason {i}" for i in range(4)}
-    entries = {path: Entry(State(i, -i), vector) for i, (path, vector) in enumerate(vectors.items())}
-    entries |= {path: Entry(State(7, 7), None, reason) for path, reason in broken.items()}
-    half = dict(list(entries.items())[::2])
-    write_index(tmp_path / "a", facts, None, half, entries)
-    first = StoredIndex(tmp_path / "a")
-    write_index(tmp_path / "a", facts, first, {path: entries[path] for path in entries.keys() - half.keys()}, entries)
-    for stored in (StoredIndex(tmp_path / "a"),):
-        assert stored.facts == facts
-        assert len(stored) == 11
-        assert dict(stored.broken()) == broken
-        paths = [stored.path(row) for row in range(len(stored))]
-        assert paths == sorted(vectors)
-        assert [len(block) for block in stored.blocks] == [3, 3, 3, 2]
-        for row, (path, one) in enumerate(zip(paths, np.concatenate(stored.blocks), strict=True)):
-            assert np.array_equal(one, vectors[path])
-            assert np.array_equal(stored.vectors([row])[0], one)
-        assert {path: state for path, (_, state, _) in stored.states().items()} == {
-            path: entry.state for path, entry in entries.items()
-        }
-    # What was opened before stays as it was.
-    assert len(first) == sum(path in vectors for path in half)
-    assert first.path(0) == min(path for path in half if path in vectors)

@@ -188,7 +188,7 @@ def test_a_form_needs_its_file_and_one_alone(service):
     )
     assert "not both" in is_problem(service.post("/v1/embed", ("a.png", picture()), text="a"), 422)
     assert "filename" in is_problem(service.together(("POST", "/v1/embed", {"files": {"file": (None, "x")}}))[0], 422)
-    assert "'nothing' is not a key" in is_problem(service.post("/v1/embed"), 422)
+    assert "'nothing' is not a field; valid: file, modality, text" in is_problem(service.post("/v1/embed"), 422)
     nothing = {"content": b"--b--\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=b"}}
     assert "a file or a text" in is_problem(service.ask("POST", "/v1/embed", **nothing), 422)
     is_problem(service.post("/v1/embed", text=" "), 422)
@@ -197,7 +197,7 @@ def test_a_form_needs_its_file_and_one_alone(service):
 def test_other_bodies_are_refused(service):
     is_problem(service.ask("POST", "/v1/embed", json={"text": "a"}), 415)
     is_problem(service.ask("POST", "/v1/embed"), 415)
-    for more in ("", "; boundary=", "; boundary=b; charset=nope"):
+    for more in ("", "; boundary=", "; boundary=b"):
         headers = {"Content-Type": f"multipart/form-data{more}"}
         for body in (b"", b"--b\r\n", b"nonsense", b"--b\r\nContent-Disposition: x\r\n\r\n\r\n--b--\r\n"):
             answer = service.ask("POST", "/v1/embed", content=body, headers=headers)
@@ -206,11 +206,10 @@ def test_other_bodies_are_refused(service):
 
 
 def test_other_addresses_and_methods_are_refused(service):
-    is_problem(service.get("/nothing"), 404)
-    is_problem(service.get("/assets/..%2f..%2fserve.py"), 404)
-    is_problem(service.get("/assets/index.html"), 404)
-    is_problem(service.get("/v1/embed"), 405)
-    is_problem(service.ask("DELETE", "/healthz"), 405)
+    for path in ("/nothing", "/assets/..%2f..%2fserve.py", "/assets/index.html"):
+        assert "nothing here" in is_problem(service.get(path), 404)
+    assert "takes POST" in is_problem(service.get("/v1/embed"), 405)
+    assert "takes GET" in is_problem(service.ask("DELETE", "/healthz"), 405)
 
 
 def test_an_error_of_ours_is_told_as_ours_and_logged(service, monkeypatch):

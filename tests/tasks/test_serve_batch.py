@@ -1,6 +1,7 @@
 """Micro-batches: what goes through together is what went through alone, and one that fails fails alone.
 
-Planted bugs that fail here: rows handed to the wrong request, a batch of different models, an error for all.
+Planted bugs that fail here: rows handed to the wrong request, a batch of different models, an error for all, class
+names that are embedded though nobody waits for them, or all at a stretch.
 """
 
 import asyncio
@@ -11,7 +12,9 @@ import torch
 from serving import picture, posting, serving
 from towers import untrained
 
+from mmssl import ZeroShotClassifier
 from tasks.serve_batch import Batcher
+from tasks.serve_models import Upload
 
 CLOSE = 1e-5
 
@@ -195,3 +198,82 @@ def test_many_that_ask_for_new_classes_at_once_have_them_computed_once(run):
         assert all(answer.is_success for answer in service.together(*requests))
         assert sizes == [2]
         assert service.models._making == {}
+
+
+MANY = tuple(f"{word} {i}" for word in ("cat", "dog") for i in range(50))
+
+
+def noted(service, monkeypatch, *names):
+    """Return a list that gets the modality and the size of what goes through these towers."""
+    seen = []
+    for name in names:
+        tower = service.models.joint[name]
+
+        def features(signal, name=name, features=tower.features):
+            seen.append((name, len(signal)))
+            return features(signal)
+
+        monkeypatch.setattr(tower, "features", features)
+    return seen
+
+
+async def walled(batcher):
+    """Stop the models' thread; returns what lets it go on and what ends when it does."""
+    there, gate = threading.Event(), threading.Event()
+    wall = asyncio.ensure_future(batcher.call(lambda: there.set() or gate.wait()))
+    await asyncio.to_thread(there.wait)
+    return gate, wall
+
+
+async def queued(models, count):
+    """Wait until so many jobs wait for the models."""
+    while models.batcher._jobs.qsize() < count:
+        await asyncio.sleep(0)
+
+
+def test_class_names_that_nobody_waits_for_any_more_are_dropped(run, monkeypatch):
+    with serving(run) as service:
+        models, seen = service.models, noted(service, monkeypatch, "text")
+        key = ("image", MANY, ())
+
+        async def ask(stay):
+            gate, wall = await walled(models.batcher)
+            asking = [asyncio.ensure_future(models._classifier(key)) for _ in range(3)]
+            await queued(models, 1)
+            for one in asking[stay:]:
+                one.cancel()
+            await asyncio.gather(*asking[stay:], return_exceptions=True)
+            gate.set()
+            await wall
+            await models.batcher.call(lambda: None)
+            return await asyncio.gather(*asking[:stay])
+
+        asyncio.run(ask(stay=0))
+        assert seen == []
+        assert models._making == {}
+        assert key not in models._known
+        # One is enough; and in pieces the vectors are what they are as a whole.
+        (made,) = asyncio.run(ask(stay=1))
+        assert seen == [("text", 33), ("text", 33), ("text", 34)]
+        assert key in models._known
+        direct = ZeroShotClassifier(run, MANY, cache=None)
+        torch.testing.assert_close(made.class_vectors, direct.class_vectors, rtol=0, atol=CLOSE)
+
+
+def test_others_are_answered_between_the_pieces_of_many_class_names(run, monkeypatch):
+    with serving(run, window=0.0) as service:
+        models, upload = service.models, Upload(picture(), "a.png", "")
+        assert service.post("/v1/zero-shot", ("a.png", picture()), classes="cat,dog").is_success
+        seen = noted(service, monkeypatch, "text", "image")
+
+        async def ask():
+            gate, wall = await walled(models.batcher)
+            heavy = [asyncio.ensure_future(models._classifier(("image", MANY, (one,)))) for one in ("a {}", "b {}")]
+            await queued(models, 2)
+            light = asyncio.ensure_future(models.zero_shot(upload, ("cat", "dog"), (), None, None))
+            await queued(models, 3)
+            gate.set()
+            await asyncio.gather(wall, light, *heavy)
+
+        asyncio.run(ask())
+        assert [name for name, _ in seen] == ["text", "text", "image", "text", "text", "text", "text"]

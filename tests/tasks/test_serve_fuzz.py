@@ -97,8 +97,8 @@ def send_damaged(service, files, count):
         fields |= {"classes": "cat,dog"} if route == "/v1/zero-shot" else {}
         answer = service.post(route, upload, **fields)
         seen.add(answer.status_code)
-        assert answer.status_code in (200, 413, 422, 400), answer.text
-        assert not any(word in answer.text for word in ("/tmp", "/proc", "memfd", "mmssl-serve", "Traceback"))
+        assert answer.status_code in (200, 413, 415, 422, 400), answer.text
+        assert not any(word in answer.text for word in ("/tmp", "/proc", "memfd", "mmssl-", "Traceback"))
 
     check()
     assert {200, 422} <= seen

@@ -11,6 +11,7 @@ import struct
 import tempfile
 import threading
 import zlib
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -22,13 +23,15 @@ from media import tone, write_sound
 from serving import ORIGIN, is_problem, picture, posting, serving
 from towers import untrained
 
+from mmssl.data import local
 from mmssl.data.guard import BrokenFile
 from mmssl.errors import UserError
-from tasks.serve import check_address, is_loopback
+from tasks.serve import check_address
+from tasks.serve_address import is_loopback
 from tasks.serve_limits import Limits
 from tasks.serve_media import Decoders
 
-TOKEN = "open sesame!"
+TOKEN = "open-sesame="
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +55,10 @@ def test_an_address_that_others_reach_needs_a_token():
         with pytest.raises(UserError, match="MMSSL_TOKEN"):
             check_address(host, 8000, None)
         assert check_address(host, 8000, "x") == "x"
-    for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost"):
+    for host in ("127.0.0.1", "127.3.2.1", "::1", "::ffff:127.0.0.1", "localhost"):
         assert is_loopback(host)
         assert check_address(host, 8000, None) is None
-    for token in ("", " a", "a\n", "é"):
+    for token in ("", " a", "a\n", "é", "open sesame", 'a"b', "a=b"):
         with pytest.raises(UserError, match="ASCII"):
             check_address("127.0.0.1", 8000, token)
     with pytest.raises(UserError, match="--port 70000"):
@@ -73,7 +76,7 @@ def test_a_token_is_needed_where_there_is_one(run):
         answer = service.get("/v1/about")
         assert "Bearer" in is_problem(answer, 401)
         assert answer.headers["www-authenticate"] == "Bearer"
-        for wrong in ("open sesame", "open sesame!!", TOKEN.upper(), "é", ""):
+        for wrong in ("open-sesame", "open-sesame==", TOKEN.upper(), "é", ""):
             given = {"Authorization": f"Bearer {wrong}".encode()}
             is_problem(service.get("/v1/about", headers=given), 401)
             is_problem(service.together(posting("/v1/embed", ("a.png", picture()), headers=given))[0], 401)
@@ -94,7 +97,8 @@ def test_names_led_here_from_elsewhere_and_pages_of_others_are_refused(service):
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", ""):
         is_problem(service.get("/v1/about", headers={"Host": host}), 421)
         is_problem(service.get("/", headers={"Host": host}), 421)
-    for host in ("127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]:8000"):
+    is_problem(service.get("/v1/about", headers=[("Host", "127.0.0.1"), ("Host", "evil.example")]), 400)
+    for host in ("127.0.0.1:8000", "localhost", "localhost.", "LOCALHOST:1", "[::1]:8000", "[0:0:0:0:0:0:0:1]"):
         assert service.get("/v1/about", headers={"Host": host}).status_code == 200
     for origin in ("http://evil.example", "null", "http://127.0.0.1:9", "https://localhost"):
         sent = posting("/v1/embed", ("a.png", picture()), headers={"Origin": origin})
@@ -136,7 +140,7 @@ def test_a_body_is_measured_as_it_comes(service):
         ({"classes": "a,b,c", "templates": "photo"}, "21 prompts, and 8"),
         ({"classes": ["a", "b" * 51]}, "50 characters"),
         ({"classes": "a,b", "templates": "x {}" + "y" * 50}, "50 characters"),
-        ({"classes": "a,b", "top": "4"}, "3 answers"),
+        ({"classes": "a,b", "top": "4"}, "at most 3, but got 4"),
     ],
 )
 def test_words_are_counted(service, fields, words):
@@ -145,9 +149,10 @@ def test_words_are_counted(service, fields, words):
 
 def test_too_many_fields_or_one_too_long_are_refused(service):
     many = service.post("/v1/zero-shot", ("x.png", picture()), classes=["a"] * 100)
-    is_problem(many, 400)
-    is_problem(service.post("/v1/zero-shot", ("x.png", picture()), classes="a" * 50_000), 400)
-    is_problem(service.post("/v1/embed", text="a" * 51), 422)
+    assert "fields that are allowed" in is_problem(many, 400)
+    long = service.post("/v1/zero-shot", ("x.png", picture()), classes="a" * 50_000)
+    assert "classes: longer than" in is_problem(long, 413)
+    assert "characters that are allowed" in is_problem(service.post("/v1/embed", text="a" * 51), 422)
 
 
 def test_large_pictures_and_long_sounds_are_refused_unread(service, tmp_path):
@@ -233,7 +238,7 @@ def test_requests_that_take_too_long_are_ended(run):
                 return answer
 
         answer = asyncio.run(both())
-        assert "busy" in is_problem(answer, 429)
+        assert "busy" in is_problem(answer, 503)
         assert "retry-after" in answer.headers
         assert service.post("/v1/embed", text="a").status_code == 200
         assert service.app.in_flight == 0
@@ -272,6 +277,7 @@ def _size(path):
 @pytest.fixture
 def decoders(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(local, "_LINKS", str(tmp_path))
     made = Decoders(Limits(decoders=1, decode_seconds=0.5, decode_memory=2**29))
     made.warm()
     yield made
@@ -283,9 +289,21 @@ def test_a_decoder_that_crashes_hangs_or_grows_costs_its_own_upload(decoders, tm
         with pytest.raises(BrokenFile, match=words):
             asyncio.run(decoders.signal(Reader(function), b"abc", ".txt"))
         assert asyncio.run(decoders.signal(Reader(_size), b"abcd", ".txt")).item() == 4
-    (folder,) = tmp_path.iterdir()
-    assert list(folder.iterdir()) == []
-    assert folder.stat().st_mode & 0o077 == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def _once(mark, path):
+    """Be killed at the first time."""
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 7
+
+
+def test_an_upload_is_not_blamed_where_its_decoder_is_killed_from_outside(decoders, tmp_path):
+    decoders.limits = Limits(decode_seconds=60.0)
+    found = asyncio.run(decoders.signal(Reader(partial(_once, tmp_path / "mark")), b"abc", ".txt"))
+    assert found.item() == 7
 
 
 def _tell(path):
@@ -297,14 +315,12 @@ def test_a_decoder_that_tells_of_the_server_is_not_passed_on(decoders, tmp_path)
     with pytest.raises(BrokenFile) as caught:
         asyncio.run(decoders.signal(Reader(_tell), b"abc", ".txt"))
     reason = caught.value.reason
-    assert reason.startswith("ValueError: bad")
+    assert "bad" in reason
     assert "/" not in reason
     assert "memfd" not in reason
 
 
 def test_uploads_leave_nothing_on_the_disk(decoders, tmp_path):
-    (folder,) = tmp_path.iterdir()
-
     found = []
 
     async def some():
@@ -313,15 +329,12 @@ def test_uploads_leave_nothing_on_the_disk(decoders, tmp_path):
 
     asyncio.run(some())
     assert found == [0, 1, 5_000_000]
-    assert list(folder.iterdir()) == []
-    decoders.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_files_are_used_where_there_is_no_file_of_memory(decoders, tmp_path, monkeypatch):
-    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr(local, "_IN_MEMORY", False)
     assert asyncio.run(decoders.signal(Reader(_size), b"abcd", ".txt")).item() == 4
     with pytest.raises(BrokenFile):
         asyncio.run(decoders.signal(Reader(_crash), b"abcd", ".txt"))
-    (folder,) = tmp_path.iterdir()
-    assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []

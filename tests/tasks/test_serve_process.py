@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -74,13 +75,7 @@ def form(data, name="a.png"):
 def test_a_signal_finishes_what_is_in_flight_and_refuses_what_is_new(run, tmp_path):
     with started(run, TMPDIR=str(tmp_path)) as (process, port, _):
         body = form(picture())
-        link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        link.putrequest("POST", "/v1/embed")
-        for name, value in {**FORM, "Content-Length": str(len(body))}.items():
-            link.putheader(name, value)
-        link.endheaders(body[:100])
-        while not in_flight(port):
-            pass
+        link = half_sent(port, body)
         process.send_signal(signal.SIGTERM)
         while question(port, "GET", "/healthz")[0] != 503:
             pass
@@ -102,6 +97,38 @@ def test_a_signal_finishes_what_is_in_flight_and_refuses_what_is_new(run, tmp_pa
         assert "Traceback" not in rest
         assert [path for path in tmp_path.iterdir() if path.name.startswith("mmssl-serve")] == []
         assert children(process.pid) == []
+
+
+def half_sent(port, body):
+    """Return a connection whose request is there, but for most of its body."""
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    link.putrequest("POST", "/v1/embed")
+    for name, value in {**FORM, "Content-Length": str(len(body))}.items():
+        link.putheader(name, value)
+    link.endheaders(body[:100])
+    while not in_flight(port):
+        pass
+    return link
+
+
+def test_a_second_signal_ends_what_is_there_and_all_that_is_said_is_json(run):
+    with started(run) as (process, port, _):
+        with socket.create_connection(("127.0.0.1", port)) as nonsense:
+            nonsense.sendall(b"nonsense\r\n\r\n")
+            assert b" 400 " in nonsense.recv(1000)
+        link = half_sent(port, form(picture()))
+        process.send_signal(signal.SIGINT)
+        while question(port, "GET", "/healthz")[0] != 503:
+            pass
+        process.send_signal(signal.SIGINT)
+        status, _, problem = answer(link)
+        assert (status, problem["detail"]) == (503, "the service was stopped before this was answered")
+        _, rest = process.communicate(timeout=60)
+        assert process.returncode == 130
+        *lines, last = rest.strip().splitlines()
+        assert last == "mmssl: stopped by SIGINT; 1 request got no answer"
+        assert {json.loads(line)["status"] for line in lines} >= {400, 503}
+        assert "Traceback" not in rest
 
 
 def in_flight(port):
@@ -150,7 +177,7 @@ def test_it_says_where_it_is_searches_and_takes_the_token_of_the_environment(run
         (["--host", "0.0.0.0"], "set MMSSL_TOKEN"),
         (["--host", "nowhere.invalid", "--token", "t"], "--host nowhere.invalid is not an address of this machine"),
         (["--port", "65536"], "--port 65536"),
-        (["--token", "two\nlines"], "printable ASCII"),
+        (["--token", "two words"], "RFC 6750"),
         (["--index", "a.arrow"], "--data"),
         (["--max-mb", "0"], "the limit body is 0"),
         (["--data", "nowhere"], "nowhere does not exist"),

@@ -6,6 +6,7 @@ import leaky
 import numpy as np
 import pytest
 import torch
+from ranks import at_once
 
 from modalities.encoder import MODALITIES
 from tasks.batches import training_files
@@ -52,6 +53,12 @@ def rows_of(jobs, found, compared, world):
     }
 
 
+def on_one_rank(jobs):
+    """What one process finds, and how one rank at each stage compares with it."""
+    found = references(jobs)
+    return found, compare(jobs, found, SYSTEMS)
+
+
 @pytest.fixture(scope="module")
 def table(materials, tmp_path_factory):
     """Everything there is on 1 and 2 ranks, started once for all: rows by objective."""
@@ -63,11 +70,12 @@ def table(materials, tmp_path_factory):
     recipes["classify"] = load_recipe(image.recipe, {**settings_of(image, **CLASSIFY), "optim.layer_decay": 0.7})
     recipes["clip"] = three_towers(materials["clip"])
     jobs = prepared(recipes, folder)
-    found = on_ranks(references, ([*jobs.values()],), 1, folder)
-    one, two = (
-        rows_of(jobs, found, on_ranks(compare, ([*jobs.values()], found, SYSTEMS), world, folder), world)
-        for world in (1, 2)
-    )
+    halves = [[*jobs.values()][start::2] for start in (0, 1)]
+    found, alone = [None] * len(jobs), [None] * len(jobs)
+    for start, (references_, compared) in enumerate(at_once(on_one_rank, halves)):
+        found[start::2], alone[start::2] = references_, compared
+    one = rows_of(jobs, found, alone, 1)
+    two = rows_of(jobs, found, on_ranks(compare, ([*jobs.values()], found, SYSTEMS), 2, folder), 2)
     return {name: one[name] + two[name] for name in jobs}
 
 

@@ -7,14 +7,40 @@ function element(name, words, kind) {
   return made;
 }
 
-/** A schema in a few words: string, list of string, {label, score} ... */
-function words(schema, all) {
-  if (!schema) return "";
-  if (schema.$ref) return words(all[schema.$ref.split("/").at(-1)], all);
+const known = (schema, all) => schema?.$ref ? all[schema.$ref.split("/").at(-1)] : schema ?? {};
+
+/** A schema in a few words: text, list of texts, {label, score} ... */
+function words(reference, all) {
+  const schema = known(reference, all);
   if (schema.anyOf) return schema.anyOf.map((one) => words(one, all)).join(" or ");
   if (schema.type === "array") return `list of ${words(schema.items, all)}`;
   if (schema.type === "object" && schema.properties) return `{${Object.keys(schema.properties).join(", ")}}`;
-  return schema.format === "binary" ? "file" : schema.type ?? "anything";
+  const named = { string: "text", integer: "whole number", null: "nothing" };
+  return schema.format === "binary" ? "file" : named[schema.type] ?? schema.type ?? "anything";
+}
+
+/** What a field may be, in a sentence. */
+function limits(schema) {
+  const parts = [];
+  if (schema.minimum !== undefined) parts.push(`from ${schema.minimum.toLocaleString("en")}`);
+  if (schema.maximum !== undefined) parts.push(`at most ${schema.maximum.toLocaleString("en")}`);
+  if (schema.maxItems !== undefined) parts.push(`at most ${schema.maxItems.toLocaleString("en")} of them`);
+  if (schema.maxLength !== undefined) parts.push(`at most ${schema.maxLength.toLocaleString("en")} letters`);
+  if (schema.default !== undefined && schema.default !== null && !Array.isArray(schema.default)) parts.push(`by default ${schema.default}`);
+  return parts.length ? ` (${parts.join(", ")})` : "";
+}
+
+/** The fields of an answer that are described, in it or in its entries. */
+function described(reference, all) {
+  const schema = known(reference, all);
+  if (schema.type === "array") return described(schema.items, all);
+  return Object.entries(schema.properties ?? {}).filter(([, one]) => one.description);
+}
+
+function terms(pairs) {
+  const list = element("dl");
+  for (const [term, words_] of pairs) list.append(element("dt", term), element("dd", words_));
+  return list;
 }
 
 function example(method, path, fields, secured) {
@@ -42,19 +68,22 @@ function route(path, method, what, all) {
     ]),
   ];
   if (rows.length) {
-    const table = element("dl");
-    for (const [name, schema, note] of rows) table.append(element("dt", name), element("dd", `${words(schema, all)}, ${note}`));
-    content.append(element("h3", "Fields"), table);
+    const told = rows.map(([name, schema, note]) => [name, `${words(schema, all)}${limits(schema)}, ${note}`]);
+    content.append(element("h3", "Fields"), terms(told));
   }
   content.append(element("pre", example(method, path, fields, what.security)));
-  const answers = element("dl");
+  const answers = [];
   for (const [status, one] of Object.entries(what.responses)) {
     const [kind, body] = Object.entries(one.content ?? {})[0] ?? ["", {}];
-    if (Number(status) < 300) answers.append(element("dt", `${status} ${kind}`), element("dd", words(body.schema, all)));
+    if (Number(status) >= 300) continue;
+    answers.push([`${status} ${kind}`, words(body.schema, all)]);
+    for (const [name, field] of described(body.schema, all)) answers.push([name, field.description]);
   }
-  const errors = Object.keys(what.responses).filter((status) => Number(status) >= 400);
-  answers.append(element("dt", "Errors"), element("dd", errors.join(", ")));
-  content.append(element("h3", "Answers"), answers);
+  content.append(element("h3", "Answer"), terms(answers));
+  const errors = Object.entries(what.responses).filter(([status]) => Number(status) >= 400);
+  const folded = element("details");
+  folded.append(element("summary", "Errors"), terms(errors.map(([status, one]) => [status, one.description])));
+  content.append(folded);
   section.append(head, content);
   return section;
 }

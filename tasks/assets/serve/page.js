@@ -3,6 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const TOKEN = "mmssl-token";
 const WORDS = { image: "pictures", video: "videos", audio: "sounds", text: "texts" };
+const SENSES = { image: "seen", video: "seen", audio: "heard" };
 let about = null;
 let chosen = null;
 let shown = [];
@@ -49,6 +50,10 @@ async function start() {
   $("like-button").hidden = !routes.search;
   $("search-section").hidden = !routes.search;
   $("search-form").hidden = !modalities.includes("text");
+  $("template").querySelectorAll("[data-of]").forEach((one) => {
+    if (!modalities.includes(one.dataset.of)) one.remove();
+  });
+  $("query-label").textContent = `What is to be ${[...new Set(media.map((name) => SENSES[name]))].join(" or ") || "read"}`;
   $("file").accept = [...files, ...media.map((name) => `${name}/*`)].join(",");
   $("file-note").textContent = `${kinds[0].toUpperCase()}${kinds.slice(1)}, up to ${(about.limits.body / 2 ** 20).toFixed(0)} MB. `
     + "It goes to this service alone and is not kept.";
@@ -135,13 +140,18 @@ function cell(kind, words) {
   return element;
 }
 
-async function find(fields) {
+function forgetHits() {
   shown.forEach((url) => URL.revokeObjectURL(url));
   shown = [];
   $("search-results").replaceChildren();
   $("search-count").textContent = "";
+}
+
+async function find(fields) {
+  forgetHits();
   const hits = await (await ask("/v1/search", form({ ...fields, top: "24" }))).json();
-  $("search-count").textContent = hits.length === 1 ? "1 file, the nearest" : `${hits.length} files, the nearest first`;
+  const files = hits.length === 1 ? "1 file" : `${hits.length} files`;
+  $("search-count").textContent = `${files}${fields.file ? ` like ${fields.file.name}` : ""}, the nearest first`;
   $("search-results").replaceChildren(...hits.map(hit));
 }
 
@@ -173,6 +183,7 @@ $("name-form").addEventListener("submit", (event) => {
   run("name-message", $("name-button"), nameIt);
 });
 $("like-button").addEventListener("click", () => run("name-message", $("like-button"), async () => {
+  $("query").value = "";
   await find({ file: theFile() });
   $("search-section").scrollIntoView();
 }));
@@ -180,6 +191,7 @@ $("search-form").addEventListener("submit", (event) => {
   event.preventDefault();
   run("search-message", $("search-form").querySelector("button"), () => {
     const text = $("query").value.trim();
+    forgetHits();
     if (!text) throw new Error("Type what is looked for first.");
     return find({ text });
   });

@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 
-def main() -> int:
-    """Run the command line and return its exit code."""
+def main() -> NoReturn:
+    """Run the command line, and end the process with its exit code."""
     import mmssl
     import modalities
     import tasks
@@ -19,11 +20,12 @@ def main() -> int:
                 "run the command from another folder or rename that file",
                 file=sys.stderr,
             )
-            return 2
+            sys.exit(2)
+    from mmssl.distributed import leave
     from tasks.cli import main as run
 
-    return run(sys.argv[1:])
+    leave(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,8 +1,11 @@
 """Facts about the ranks of a run, sums over them that carry gradients, and the little else they say to each other."""
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -60,6 +63,22 @@ def lost(error: BaseException) -> bool:
     """Whether an error means that a collective could not reach another rank."""
     words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; exit handlers run and buffers are written, as with ``sys.exit``.
+
+    Gloo's threads wake whoever waits for them before they let go of its tensors, for which they need the interpreter.
+    While that is taken down they abort the process (SIGABRT), which a launcher takes for a failure of the whole run. So
+    a process that has joined others does not take it down.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # whoever reads has gone
+            stream.flush()
+    os._exit(code)
 
 
 def all_reduce(tensor: Tensor) -> Tensor:

@@ -246,6 +246,7 @@ if __name__ == "__main__":
     # Run as a script by the launcher: the application is imported under its own name, or its classes would exist twice.
     import sys
 
+    from mmssl.distributed import leave
     from tasks.cli import main
 
-    sys.exit(main(["finetune", *sys.argv[1:]]))
+    leave(main(["finetune", *sys.argv[1:]]))

@@ -212,6 +212,7 @@ if __name__ == "__main__":
     # Run as a script by the launcher: the application is imported under its own name, or its classes would exist twice.
     import sys
 
+    from mmssl.distributed import leave
     from tasks.cli import main
 
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
+    leave(main(["pretrain", *sys.argv[1:]]))

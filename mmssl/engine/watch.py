@@ -94,6 +94,7 @@ class Watch:
         self.notes = Notes(me.size)
         self._search, self._end = threading.Event(), threading.Event()
         self._beats, self._moved = beats(), time.monotonic()
+        self._threads: list[threading.Thread] = []
         if me.size == 1:
             return
         patient(minutes)
@@ -101,8 +102,9 @@ class Watch:
         self._store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._tell(0)
         council.gather(None)  # so that there is a note of everybody
-        for work in (self._talk, self._judge):
-            threading.Thread(target=work, daemon=True).start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._judge)]
+        for thread in self._threads:
+            thread.start()
 
     def hooks(self, hooks: Hooks, step: int) -> Hooks:
         """Return the hooks of a loop that begins after ``step`` steps, with what the watch has to know."""
@@ -137,6 +139,8 @@ class Watch:
             raise MmsslError(sentence) from None
         finally:
             self._end.set()
+            for thread in self._threads:
+                thread.join(1)  # or longer, where the store does not answer, but nobody waits for that
             handle(heeded)
 
     def _tell(self, alive: int) -> None:

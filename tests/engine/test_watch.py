@@ -47,6 +47,7 @@ def steps(folder, rank, misfortune):
                 hooks.after(step + 1, [])
         except MmsslError as error:
             raise AssertionError("it is raised outside") from error
+    assert not any(thread.is_alive() for thread in watch._threads)
     return "done"
 
 

@@ -20,7 +20,7 @@ SMALL = 32_768
 """Bytes that a file can have at most on the full disk: less than a shard of a checkpoint, more than logs have."""
 
 HANG = 0.1
-"""Minutes after which a run in which nothing goes on is given up."""
+"""Minutes after which a run in which nothing goes on is given up, at least: on a slow machine it may be beginning."""
 
 Found = tuple[str, list[str]]
 
@@ -103,7 +103,7 @@ def stale_lock(ground: Ground) -> Found:
 
 def hung(ground: Ground) -> Found:
     """Rank 1 is stopped in the middle of a run, and never goes on."""
-    patience = {"train.hang_minutes": HANG}
+    patience = {"train.hang_minutes": max(HANG, 2 * ground.seconds / 60)}
     done = ground.disturb("hung", AT_LINE, lambda ranks: ranks.signal(1, signal.SIGSTOP), patience, grace=0.0)
     wrong = [] if done.codes[0] == 1 else [f"rank 0 ended with {done.codes[0]}"]
     wrong += unsaid(done, "mmssl: rank 1 (process", "gave no sign of life")

@@ -1,6 +1,7 @@
 """Where drills take place: small pictures, an undisturbed run on two ranks, and how others are compared with it."""
 
 import multiprocessing
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -53,13 +54,15 @@ class Ended(NamedTuple):
 
 
 class Ground:
-    """The folder of all drills: pictures and runs by name. Making it takes the undisturbed run."""
+    """The folder of all drills: pictures and runs by name. Making it takes the undisturbed run, of ``seconds``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, folder / "pictures"
         draw_pictures(self.data)
         self.undisturbed = self.run("undisturbed")
+        began = time.monotonic()
         done = self.go("undisturbed")
+        self.seconds = time.monotonic() - began
         if done.codes != [0] * WORLD:
             raise MmsslError(f"the undisturbed run ended with {done}")
 

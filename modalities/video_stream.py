@@ -207,10 +207,15 @@ class Decord:
         reader = decord.VideoReader(self._path, width=width, height=height, num_threads=1)
         if len(reader) != self._listed:
             raise BrokenFile(f"decord finds {len(reader)} of {self._listed} frames")
-        if reader.next().shape[-1] != 3:
-            raise BrokenFile("turned by a quarter, which decord cannot read")
-        frames: Frames = reader.get_batch(wanted).asnumpy()
-        return frames
+        if reader.next().shape[-1] == 3:
+            frames: Frames = reader.get_batch(wanted).asnumpy()
+            return frames
+        # FFmpeg pads the rows of narrow frames, by how much depends on the processor. Where a padded row has a whole
+        # number of widths, decord takes the padding for more channels, and cannot put such frames into a batch.
+        found = [reader[index].asnumpy() for index in wanted]
+        return np.stack(
+            [each.reshape(len(each), -1)[:, : 3 * each.shape[1]].reshape(*each.shape[:2], 3) for each in found]
+        )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from mmssl.engine.deepspeed_setup import merge, system_config
 from mmssl.engine.optim import adamw, param_groups
+from modalities.fbank import LogMel
 from tasks.build import build_objective, parse_recipe
 
 BATCH, VOCABULARY, SAMPLES = 6, 514, 2680
@@ -112,6 +113,14 @@ def gradients(objective, batch):
     step.loss.backward()
     found = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
     return found | {"loss": step.loss.detach()} | {f"metrics/{name}": value for name, value in step.metrics.items()}
+
+
+def widened(objective, batch):
+    """Return both in float64, where equal things are equal on any processor; spectrograms are float32 before."""
+    for module in objective.double().modules():
+        if isinstance(module, LogMel):
+            module.float().register_forward_hook(lambda *args: args[-1].double())
+    return objective, {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
 
 
 def walk(rank, size):

@@ -35,7 +35,10 @@ class Cost:
 
     parameters: int
     gflop_forward: float
-    """10^9 floating-point operations of one forward pass of one sample; a multiply and an add count as two."""
+    """10^9 floating-point operations of one forward pass of one sample; a multiply and an add count as two.
+
+    Those of the model: a spectrogram has no gradients, is made before it, and does not count.
+    """
 
     @property
     def gflop_train(self) -> float:
